@@ -1,0 +1,1 @@
+"""The command `svdquant`: one file per verb."""

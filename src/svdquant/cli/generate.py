@@ -1,0 +1,135 @@
+"""`svdquant generate`: pictures from a quantized (or 16-bit) pipeline, side by side with another if asked."""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..config import ACTIVATIONS
+from ..errors import SVDQuantError
+from .console import Stages, print_json, quiet_libraries
+from .failures import doing
+from .options import ActivationsDial, Base, Device, Dtype, Json, drawing_flags, takes
+from .pictures import picture_paths, psnr, save_picture
+from .sheet import contact_sheet
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass
+class Drawn:
+    """One picture and what it took."""
+
+    prompt: str
+    seed: int
+    picture: Image
+    seconds: float
+
+
+@takes(options=drawing_flags)
+def generate(
+    model: Annotated[str, typer.Argument(help="A pipeline, or a quantized model with --base.")],
+    prompts: Annotated[list[str], typer.Argument(help="One picture each, per seed.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE|FOLDER", help="A .png, .jpg or .webp file, or a folder.")
+    ],
+    options: dict[str, Any],
+    seed: Annotated[list[int] | None, typer.Option("--seed", help="Repeatable: one picture each; 0.")] = None,
+    activations: ActivationsDial = None,
+    compare: Annotated[
+        str | None,
+        typer.Option("--compare", metavar="MODEL16", help="Draw the same with this model; make a sheet, print PSNR."),
+    ] = None,
+    base: Base = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Draw pictures. With --compare, also a side-by-side sheet and the PSNR of each picture."""
+    if activations is not None and activations not in ACTIVATIONS:
+        raise SVDQuantError(f"activations={activations!r} is not one of {', '.join(ACTIVATIONS)}")
+    seeds = seed or [0]
+    paths = picture_paths(output, prompts, seeds)
+    quiet_libraries()
+    loading = {"dtype": dtype, "device": device, "base": base}
+    drawn = _draw(model, prompts, seeds, options, loading, activations, paths)
+    ratios: list[float | None] = [None] * len(drawn)
+    sheet = None
+    if compare is not None:
+        reference = _draw(compare, prompts, seeds, options, loading, None, [])
+        ratios = [psnr(ours.picture, theirs.picture) for ours, theirs in zip(drawn, reference, strict=True)]
+        sheet = _sheet_path(output, paths)
+        save_picture(_sheet(drawn, reference, ratios, Path(model).name, Path(compare).name), sheet)
+    if json:
+        print_json(
+            {
+                "pictures": [
+                    {
+                        "prompt": d.prompt,
+                        "seed": d.seed,
+                        "file": str(path),
+                        "seconds": round(d.seconds, 3),
+                        "psnr": ratio,
+                    }
+                    for d, path, ratio in zip(drawn, paths, ratios, strict=True)
+                ],
+                "sheet": None if sheet is None else str(sheet),
+            }
+        )
+        return
+    for d, path, ratio in zip(drawn, paths, ratios, strict=True):
+        typer.echo(f"{path}  {d.seconds:.1f} s" + ("" if ratio is None else f"  {ratio:.2f} dB"))
+    if sheet is not None:
+        typer.echo(f"{sheet}  side by side")
+
+
+def _draw(
+    model: str,
+    prompts: list[str],
+    seeds: list[int],
+    options: dict[str, Any],
+    loading: dict[str, Any],
+    activations: str | None,
+    paths: list[Path],
+) -> list[Drawn]:
+    """Loads a pipeline, draws and lets go of it; each picture is saved as soon as it is there."""
+    from ..integrations.pipeline import PipelineOptions, draw, load_pipeline
+    from ..nn import set_activations
+
+    with doing(f"loading {model}"):
+        pipe = load_pipeline(model, **loading)
+        if activations is not None:
+            set_activations(pipe, activations)
+    drawn = []
+    total = len(prompts) * len(seeds)
+    with doing(f"drawing with {model}"), Stages({"draw": f"drawing with {Path(model).name}"}) as progress:
+        for number, (prompt, seed) in enumerate((p, s) for p in prompts for s in seeds):
+            progress("draw", number, total, prompt)
+            began = time.perf_counter()
+            picture = draw(pipe, [prompt], [seed], PipelineOptions(**options))[0]
+            drawn.append(Drawn(prompt, seed, picture, time.perf_counter() - began))
+            if paths:
+                save_picture(picture, paths[number])
+    del pipe
+    gc.collect()
+    return drawn
+
+
+def _sheet_path(output: Path, paths: list[Path]) -> Path:
+    folder = paths[0].parent
+    return folder / "compare.png" if output == folder else output.with_name(f"{output.stem}-compare.png")
+
+
+def _sheet(drawn: list[Drawn], reference: list[Drawn], ratios: list[Any], name: str, other: str) -> Image:
+    captions = [f"{d.prompt} (seed {d.seed})" for d in drawn]
+    cells = [
+        [(theirs.picture, f"{theirs.seconds:.1f} s"), (ours.picture, f"{ratio:.1f} dB, {ours.seconds:.1f} s")]
+        for ours, theirs, ratio in zip(drawn, reference, ratios, strict=True)
+    ]
+    return contact_sheet(captions, [other, name], cells)

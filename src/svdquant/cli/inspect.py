@@ -1,0 +1,87 @@
+"""`svdquant inspect`: what a checkpoint holds, from its headers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .console import print_json, size, table
+from .failures import doing
+from .options import Json
+
+if TYPE_CHECKING:
+    from ..checkpoint import CheckpointInfo
+
+
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="A pipeline, a model folder, a file, a Hub id.")],
+    layers: Annotated[bool, typer.Option("--layers", help="One line per quantized layer.")] = False,
+    component: Annotated[str | None, typer.Option("--component", help="Of a pipeline; its denoiser.")] = None,
+    json: Json = False,
+) -> None:
+    """Show the format, layers and sizes of a checkpoint. No weight is read."""
+    from ..checkpoint import inspect as read
+    from ..integrations.pipeline import resolve_model
+
+    with doing(f"inspecting {checkpoint}"):
+        path = resolve_model(checkpoint)
+        info = read(path, component)
+        listed = _layers(path, component) if layers else []
+    if json:
+        data = info.to_dict()
+        print_json(data | {"layer_specs": listed} if layers else data)
+        return
+    typer.echo(_text(info))
+    if listed:
+        columns = ["kind", "weights", "group_size", "rank", "activations", "rotate", "unsigned"]
+        rows = [[entry["name"], *(_cell(entry[column]) for column in columns)] for entry in listed]
+        typer.echo("\n" + table(["layer", *columns], rows, "<<<>><<<"))
+
+
+def _layers(path: Any, component: str | None) -> list[dict[str, Any]]:
+    """The stored form of each quantized layer, by name."""
+    from ..checkpoint.layout import layer_specs, open_checkpoint, parse_config
+
+    opened = open_checkpoint(path, component)
+    if opened.method != "svdquant":
+        return []
+    specs = layer_specs(parse_config(opened.quantization or {}, opened.path), opened.path)
+    return [{"name": name, **asdict(spec)} for name, spec in specs.items()]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    if isinstance(value, (tuple, list)):
+        return " ".join(f"{start}-{stop}" for start, stop in value)
+    return str(value)
+
+
+def _text(info: CheckpointInfo) -> str:
+    version = "" if info.format_version is None else f", version {info.format_version}"
+    lines = [
+        f"path        {info.path}",
+        f"format      {info.format}{version}",
+        f"model       {info.model_class or 'unknown'} ({info.library or 'no library'})",
+    ]
+    if info.layers:
+        kinds = [f"{n} {kind} {weights}" for kind, by in info.layers.items() for weights, n in by.items()]
+        ranks = ", ".join(f"{rank} (×{n})" for rank, n in sorted(info.ranks.items()))
+        solved = ", ".join(f"{name} (×{n})" for name, n in info.activations.items())
+        lines += [
+            f"layers      {info.quantized_layers} quantized: {', '.join(kinds)}",
+            f"rank        {ranks or 'none'}",
+            f"activations {solved or 'none'}",
+            f"rotated     {info.rotated}",
+            f"packed      {size(info.quantized_bytes)}",
+            f"low rank    {size(info.low_rank_bytes)}",
+            f"other       {size(info.other_bytes)}",
+        ]
+    types = ", ".join(f"{name} (×{n})" for name, n in info.dtypes.items())
+    lines += [
+        f"total       {size(info.total_bytes)} in {info.tensors} tensors, {info.files} file{'s' * (info.files != 1)}",
+        f"types       {types}",
+    ]
+    return "\n".join(lines)

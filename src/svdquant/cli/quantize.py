@@ -1,0 +1,143 @@
+"""`svdquant quantize`: a 16-bit pipeline to a quantized one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..config import SVDQuantConfig
+from ..errors import SVDQuantError
+from .console import Stages, print_json, quiet_libraries, size
+from .failures import doing
+from .options import Base, Device, Dtype, Json, Model, Seed, config_flags, drawing_flags, takes
+from .prompts import CALIBRATION
+
+if TYPE_CHECKING:
+    from ..ptq.report import Report
+
+STAGES = {"calibrate": "calibrating", "solve": "solving", "write": "writing"}
+_PROMPTS = "Calibration"
+
+
+@takes(config=config_flags, options=drawing_flags)
+def quantize(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the result goes.")],
+    config: SVDQuantConfig,
+    options: dict[str, Any],
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", metavar="FILE", help="Calibration prompts, one per line.", rich_help_panel=_PROMPTS),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="One of them; repeatable.", rich_help_panel=_PROMPTS)
+    ] = None,
+    data_free: Annotated[
+        bool, typer.Option("--data-free", help="No calibration: faster, less exact.", rich_help_panel=_PROMPTS)
+    ] = False,
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", min=1, help="Pictures drawn to calibrate; one per prompt.", rich_help_panel=_PROMPTS),
+    ] = None,
+    base: Base = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    max_memory: Annotated[
+        str | None, typer.Option("--max-memory", metavar="8GB", help="Host memory for the 16-bit denoiser.")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget an interrupted run instead of resuming.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing FOLDER.")] = False,
+    json: Json = False,
+) -> None:
+    """Quantize a pipeline. An interrupted run is resumed by the same command."""
+    from ..integrations.pipeline import PipelineOptions
+    from ..integrations.quantize import quantize_pipeline
+
+    chosen = None if data_free else calibration_prompts(model, prompts, prompt or [], samples)
+    if data_free and (prompts or prompt or samples):
+        raise SVDQuantError("--data-free draws nothing; leave out --prompts, --prompt and --samples")
+    quiet_libraries()
+    with doing(f"quantizing {model}"), Stages(STAGES) as progress:
+        report = quantize_pipeline(
+            model,
+            output,
+            replace(config, seed=seed),
+            prompts=chosen,
+            options=PipelineOptions(**options),
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            base=base,
+            max_memory=max_memory,
+            restart=restart,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if json:
+        print_json(_as_json(report, output))
+    else:
+        typer.echo(_summary(report, output, calibrated=chosen is not None))
+
+
+def calibration_prompts(model: str, file: Path | None, texts: list[str], samples: int | None) -> list[str]:
+    """The prompts to calibrate with: given ones, else the model's own, else ours; `samples` of them, repeated if needed.
+
+    Raises `SVDQuantError` where the file cannot be read or holds none.
+    """
+    given = list(texts)
+    if file is not None:
+        given += read_prompts(file)
+    if not given:
+        from ..integrations.pipeline import generation_defaults, resolve_model
+
+        given = generation_defaults(resolve_model(model)).get("calibration") or list(CALIBRATION)
+    return list(islice(cycle(given), samples or len(given)))
+
+
+def read_prompts(file: Path) -> list[str]:
+    """One prompt per line; empty lines are skipped."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise SVDQuantError(f"{file}: cannot be read ({error.strerror}); give a text file of prompts") from error
+    except UnicodeDecodeError as error:
+        raise SVDQuantError(f"{file}: is no UTF-8 text; give a file with one prompt per line") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise SVDQuantError(f"{file}: holds no prompt; write one per line")
+    return found
+
+
+def _report_file(output: Path) -> Path:
+    return output / "svdquant_report.txt"
+
+
+def _summary(report: Report, output: Path, calibrated: bool) -> str:
+    worst = ", ".join(f"{layer.name} {layer.error:.3f}" for layer in report.worst(3))
+    kept = len(report.layers) - len(report.quantized)
+    of = "of a layer's output" if calibrated else "of a layer's weight (data-free)"
+    lines = [
+        f"saved       {output}",
+        f"denoiser    {report.model_class}: {size(report.bytes_before)} → {size(report.bytes_after)}",
+        f"layers      {len(report.quantized)} quantized" + (f", {kept} sent back to 16 bits" if kept else ""),
+        f"error       {report.mean_error():.4f} {of} on average; worst {worst}",
+        f"time        {report.seconds:.0f} s of solving",
+        f"report      {_report_file(output)}",
+        f'next        svdquant generate {output} "your prompt" -o picture.png',
+    ]
+    return "\n".join(lines)
+
+
+def _as_json(report: Report, output: Path) -> dict[str, Any]:
+    return {
+        "output": str(output),
+        "report": str(_report_file(output)),
+        "mean_error": report.mean_error(),
+        "worst": [layer.name for layer in report.worst(5)],
+        **asdict(report),
+    }

@@ -1,0 +1,234 @@
+"""What to quantize, how, and what came of it. No torch here: `import svdquant` must stay light."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from enum import Enum
+from fnmatch import fnmatchcase
+from typing import Any
+
+from .errors import SVDQuantError
+
+FORMAT_VERSION = 1
+WEIGHTS = ("int4", "nvfp4", "int8")
+ACTIVATIONS = ("auto", "int4", "int8", "fp8", "nvfp4", "none")
+GROUP_SIZES = {"int4": 64, "nvfp4": 16, "int8": 0}
+MAX_RANK = 256
+
+
+class QuantizationMethod(str, Enum):
+    """diffusers reads `quant_method.value`, so a plain string does not do."""
+
+    SVDQUANT = "svdquant"
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """How one linear is stored. Everything a reader needs besides the tensors themselves.
+
+    kind: "svdquant" (4/8-bit weights and activations plus low-rank branch) or "w4a16" (weights only).
+    weights: stored number format; group_size: inputs per scale, 0 = the whole row.
+    activations: what this layer was solved for, and what "auto" may not raise below ("auto" follows the device).
+    unsigned: input-column ranges [start, stop) that follow a GELU: shifted, and unsigned in 4-bit activations.
+    rotate: x/s and W·s are rotated by a block-Hadamard of 128 channels.
+    """
+
+    kind: str = "svdquant"
+    weights: str = "int4"
+    group_size: int = 64
+    rank: int = 32
+    activations: str = "auto"
+    unsigned: tuple[tuple[int, int], ...] = ()
+    rotate: bool = False
+    smooth: bool = True
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LayerSpec:
+        known = {f.name for f in fields(cls)}
+        values = {k: v for k, v in data.items() if k in known}
+        if "unsigned" in values:
+            values["unsigned"] = tuple((int(a), int(b)) for a, b in values["unsigned"])
+        return cls(**values)
+
+
+@dataclass
+class SVDQuantConfig:
+    """Options of `svdquant.quantize`, and the `quantization_config` of a saved model.
+
+    weights: "int4" (groups of 64), "nvfp4" (groups of 16) or "int8" (per row).
+    activations: "auto", "int4", "int8", "fp8", "nvfp4" or "none"; the precision that the solver optimises for. "auto"
+        solves for the most demanding one that the weights allow and lets the device decide at run time.
+    group_size: inputs per weight scale; None takes the format's own.
+    rank: of the 16-bit low-rank branch, 0-256.
+    smooth: True (20 grid steps), False, or the number of grid steps.
+    refine: rounds alternating branch and quantized residual (paper, section 4.2); the best is kept.
+    gptq: quantize the residual with GPTQ where calibration inputs exist, else round to nearest.
+    rotate: block-Hadamard of 128 channels on x/s and W·s; None = on for 4-bit activations with int4 weights.
+    modulation: "int4" stores AdaLN linears as W4A16, "none" keeps them in 16 bits.
+    skip: patterns of modules that stay in 16 bits; overrides: pattern → dict of fields of this class, or None to skip.
+    keep_16bit_above: layers whose relative output error exceeds it stay in 16 bits.
+    int8_activations_above: layers whose error exceeds it are solved again for 8-bit activations.
+    max_error: refuse the whole result when a layer's error exceeds it.
+    calibration_rows: input rows kept per group. seed: of every random number used.
+    layers: filled by quantizing: module name → fields of `LayerSpec`.
+    """
+
+    weights: str = "int4"
+    activations: str = "auto"
+    group_size: int | None = None
+    rank: int = 32
+    smooth: bool | int = True
+    refine: int = 0
+    gptq: bool = True
+    rotate: bool | None = None
+    modulation: str = "int4"
+    skip: list[str] = field(default_factory=list)
+    overrides: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    keep_16bit_above: float | None = None
+    int8_activations_above: float | None = None
+    max_error: float | None = None
+    calibration_rows: int = 4096
+    seed: int = 0
+    layers: dict[str, dict[str, Any]] | None = None
+    format_version: int = FORMAT_VERSION
+    quant_method: QuantizationMethod = QuantizationMethod.SVDQUANT
+
+    def __post_init__(self) -> None:
+        self.quant_method = QuantizationMethod.SVDQUANT
+        self.skip = [self.skip] if isinstance(self.skip, str) else list(self.skip)
+        self.validate()
+
+    def validate(self) -> None:
+        """Raises `SVDQuantError` naming the first field that cannot be."""
+        if int(self.format_version) > FORMAT_VERSION:
+            raise SVDQuantError(
+                f"checkpoint format version {self.format_version} is newer than {FORMAT_VERSION}, the newest this "
+                "version of svdquant reads; upgrade svdquant"
+            )
+        if self.weights not in WEIGHTS:
+            raise SVDQuantError(f"weights={self.weights!r} is not one of {', '.join(WEIGHTS)}")
+        if self.activations not in ACTIVATIONS:
+            raise SVDQuantError(f"activations={self.activations!r} is not one of {', '.join(ACTIVATIONS)}")
+        if self.modulation not in ("int4", "none"):
+            raise SVDQuantError(f"modulation={self.modulation!r} is not one of int4, none")
+        if not 0 <= self.rank <= MAX_RANK:
+            raise SVDQuantError(f"rank={self.rank} is outside 0-{MAX_RANK}")
+        if self.refine < 0:
+            raise SVDQuantError(f"refine={self.refine} must not be negative")
+        if self.calibration_rows < 1:
+            raise SVDQuantError(f"calibration_rows={self.calibration_rows} must be at least 1")
+        if self.group_size is not None:
+            smallest = {"int4": 2, "nvfp4": 16, "int8": 0}[self.weights]
+            valid = self.group_size == 16 if self.weights == "nvfp4" else self.group_size >= smallest
+            if not valid or (self.weights == "int4" and self.group_size % 2):
+                raise SVDQuantError(f"group_size={self.group_size} does not fit {self.weights} weights")
+        for pattern, override in self.overrides.items():
+            unknown = set(override or ()) - {f.name for f in fields(self)}
+            if unknown:
+                raise SVDQuantError(f"override {pattern!r} has unknown fields: {', '.join(sorted(unknown))}")
+
+    @property
+    def weight_group_size(self) -> int:
+        return GROUP_SIZES[self.weights] if self.group_size is None else self.group_size
+
+    @property
+    def solve_activations(self) -> str:
+        """The activation precision that the solver scores against."""
+        if self.activations != "auto":
+            return self.activations
+        return {"int4": "int4", "nvfp4": "nvfp4", "int8": "int8"}[self.weights]
+
+    @property
+    def use_rotation(self) -> bool:
+        if self.rotate is None:
+            return self.weights == "int4" and self.solve_activations == "int4"
+        return bool(self.rotate)
+
+    @property
+    def smooth_grid(self) -> int:
+        """Grid steps of the smoothing search; 0 = off."""
+        if isinstance(self.smooth, bool):
+            return 20 if self.smooth else 0
+        return int(self.smooth)
+
+    def for_layer(self, name: str) -> SVDQuantConfig | None:
+        """This configuration with the overrides that match `name`, or None where the layer stays in 16 bits."""
+        if any(matches(pattern, name) for pattern in self.skip):
+            return None
+        config = self
+        for pattern, override in self.overrides.items():
+            if matches(pattern, name):
+                if override is None:
+                    return None
+                config = replace(config, **override)
+        return config
+
+    def layer_spec(self, name: str) -> LayerSpec:
+        """The stored form of one layer. Raises `KeyError` where it stayed in 16 bits."""
+        defaults: dict[str, Any] = {
+            "weights": self.weights,
+            "group_size": self.weight_group_size,
+            "rank": self.rank,
+            "activations": self.activations,
+        }
+        return LayerSpec.from_dict(defaults | (self.layers or {})[name])
+
+    def with_layers(self, specs: dict[str, LayerSpec]) -> SVDQuantConfig:
+        """A copy that records what each layer became; only what differs from this configuration is written."""
+        base = LayerSpec(
+            weights=self.weights, group_size=self.weight_group_size, rank=self.rank, activations=self.activations
+        )
+        layers = {}
+        for name, spec in specs.items():
+            full, default = asdict(spec), asdict(base)
+            layers[name] = {
+                k: ([list(r) for r in v] if k == "unsigned" else v)
+                for k, v in full.items()
+                if k == "kind" or v != default[k]
+            }
+        return replace(self, layers=layers)
+
+    # What diffusers and transformers expect of a quantization config.
+
+    def to_dict(self) -> dict[str, Any]:
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["quant_method"] = self.quant_method.value
+        return json.loads(json.dumps(data))
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> SVDQuantConfig | tuple[SVDQuantConfig, dict[str, Any]]:
+        known = {f.name for f in fields(cls)} - {"quant_method"}
+        # Fields of a later minor revision are ignored; a changed meaning raises format_version instead.
+        config = cls(**{k: v for k, v in config_dict.items() if k in known})
+        unused = config.update(**kwargs)
+        return (config, unused) if return_unused_kwargs else config
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:
+        unused = {}
+        for key, value in kwargs.items():
+            if hasattr(self, key):
+                setattr(self, key, value)
+            else:
+                unused[key] = value
+        return unused
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        default = SVDQuantConfig().to_dict()
+        return {k: v for k, v in self.to_dict().items() if k == "quant_method" or v != default[k]}
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        return {}
+
+    def __iter__(self) -> Any:
+        yield from self.to_dict().items()
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a module name fits a pattern: a shell glob over the whole name, or a part of its path."""
+    return fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."

@@ -1,0 +1,140 @@
+"""Which path multiplies, per device: one table, which `svdquant doctor` prints."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import ACTIVATIONS, LayerSpec
+from ..errors import SVDQuantError
+from ..numerics import SVDQuantTensors
+from . import reference
+
+BACKENDS = ("dequantize", "reference")
+
+
+@dataclass(frozen=True)
+class DevicePath:
+    """How one device multiplies: backend, what "auto" activations mean per stored weight format, and why."""
+
+    backend: str
+    auto: dict[str, str]
+    why: str
+
+
+def device_path(device: torch.device) -> DevicePath:
+    """The path of a device; `SVDQUANT_BACKEND` overrides the backend."""
+    backend = os.environ.get("SVDQUANT_BACKEND", "dequantize")
+    if backend not in BACKENDS:
+        raise SVDQuantError(f"SVDQUANT_BACKEND={backend!r} is not one of {', '.join(BACKENDS)}")
+    eight_bit = {"int4": "int8", "nvfp4": "int8", "int8": "int8"}
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if (7, 5) <= (major, minor) <= (8, 9):
+            return DevicePath(backend, eight_bit | {"int4": "int4"}, f"sm_{major}{minor} has int4 tensor cores")
+        if major in (10, 12):
+            return DevicePath(backend, eight_bit | {"nvfp4": "nvfp4"}, f"sm_{major}{minor} has nvfp4 tensor cores")
+        return DevicePath(backend, eight_bit, f"sm_{major}{minor} has no 4-bit tensor cores: 8-bit activations")
+    why = {"cpu": "a CPU multiplies 8-bit integers at best"}.get(device.type, "8-bit activations run everywhere")
+    return DevicePath(backend, eight_bit, why)
+
+
+def compute_dtype(x: Tensor, backend: str) -> torch.dtype:
+    """The operands' type in a product: x's own 16-bit type where the device is fast in it, else float32."""
+    slow_half = x.device.type == "cpu" and x.dtype == torch.float16
+    if backend == "reference" or slow_half or x.dtype not in (torch.bfloat16, torch.float16):
+        return torch.float32
+    return x.dtype
+
+
+def resolve_activations(activations: str, spec: LayerSpec, device: torch.device) -> str:
+    """The precision that a layer really uses.
+
+    "auto" follows the device, but a layer that was solved for 8-bit activations is never run with fewer bits.
+    """
+    if activations not in ACTIVATIONS:
+        raise SVDQuantError(f"activations={activations!r} is not one of {', '.join(ACTIVATIONS)}")
+    if activations != "auto":
+        return activations
+    wanted = device_path(device).auto[spec.weights]
+    wider = spec.activations in ("int8", "fp8", "none")
+    return spec.activations if wider and wanted in ("int4", "nvfp4") else wanted
+
+
+def svdquant_linear(x: Tensor, tensors: SVDQuantTensors, activations: str = "auto") -> Tensor:
+    """y = Q(x/s)·Ŵᵀ + (x·Dᵀ)·Uᵀ + b.
+
+    x [..., K] of a floating type, any leading dimensions, none of them required to be non-empty; returns [..., N] in
+    x's type. Row i depends on row i alone, bit for bit. Raises `SVDQuantError` where K does not fit.
+    """
+    if x.shape[-1] != tensors.in_features:
+        raise SVDQuantError(f"input has {x.shape[-1]} features, the layer takes {tensors.in_features}")
+    t = tensors
+    return torch.ops.svdquant.linear(
+        x,
+        t.qweight,
+        t.wscales,
+        t.wcscales,
+        t.smooth_factor,
+        t.proj_down,
+        t.proj_up,
+        t.bias,
+        t.spec.weights,
+        t.spec.group_size,
+        [edge for segment in t.spec.unsigned for edge in segment],
+        t.spec.rotate,
+        resolve_activations(activations, t.spec, x.device),
+    )
+
+
+@torch.library.custom_op("svdquant::linear", mutates_args=())
+def _linear(
+    x: Tensor,
+    qweight: Tensor,
+    wscales: Tensor,
+    wcscales: Tensor | None,
+    smooth_factor: Tensor | None,
+    proj_down: Tensor | None,
+    proj_up: Tensor | None,
+    bias: Tensor | None,
+    weights: str,
+    group_size: int,
+    unsigned: list[int],
+    rotate: bool,
+    activations: str,
+) -> Tensor:
+    segments = tuple(zip(unsigned[0::2], unsigned[1::2], strict=True))
+    spec = LayerSpec(weights=weights, group_size=group_size, unsigned=segments, rotate=rotate)
+    tensors = SVDQuantTensors(
+        spec, x.shape[-1], qweight, wscales, wcscales, smooth_factor, proj_down, proj_up, bias
+    )
+    rows = x.reshape(-1, x.shape[-1])
+    backend = device_path(x.device).backend
+    y = reference.svdquant_linear(rows, tensors, activations, compute_dtype(x, backend))
+    return y.reshape(*x.shape[:-1], qweight.shape[0])
+
+
+@_linear.register_fake
+def _(x: Tensor, qweight: Tensor, *_args: object) -> Tensor:
+    return x.new_empty(*x.shape[:-1], qweight.shape[0])
+
+
+def w4a16_linear(x: Tensor, qweight: Tensor, wscales: Tensor, bias: Tensor | None, weights: str = "int4") -> Tensor:
+    """y = x·Ŵᵀ + b with 4-bit weights only. x [..., K]; qweight, wscales as in `SVDQuantTensors`. Returns [..., N]."""
+    return torch.ops.svdquant.w4a16_linear(x, qweight, wscales, bias, weights)
+
+
+@torch.library.custom_op("svdquant::w4a16_linear", mutates_args=())
+def _w4a16_linear(x: Tensor, qweight: Tensor, wscales: Tensor, bias: Tensor | None, weights: str) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    dtype = compute_dtype(x, device_path(x.device).backend)
+    y = reference.w4a16_linear(rows, qweight, wscales, weights, bias, dtype)
+    return y.reshape(*x.shape[:-1], qweight.shape[0])
+
+
+@_w4a16_linear.register_fake
+def _(x: Tensor, qweight: Tensor, *_args: object) -> Tensor:
+    return x.new_empty(*x.shape[:-1], qweight.shape[0])

@@ -1,0 +1,278 @@
+"""The layers that replace `nn.Linear` (and 1×1 `nn.Conv2d`) in a quantized model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ACTIVATIONS, LayerSpec, matches
+from ..errors import SVDQuantError
+from ..kernels import svdquant_linear, w4a16_linear
+from ..numerics import FORMATS, SVDQuantTensors, groups_of, padded_columns
+
+# These keep the type they were stored in, whatever the model is cast to: a scale in another type is another weight.
+FIXED_DTYPE = ("qweight", "wscales", "wcscales", "smooth_factor")
+TENSOR_NAMES = (*FIXED_DTYPE, "proj_down", "proj_up", "bias")
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def empty_tensors(
+    in_features: int, out_features: int, bias: bool, spec: LayerSpec, dtype: torch.dtype, device: Any = None
+) -> dict[str, Tensor]:
+    """Uninitialised storage of one layer, by name: shapes and types as of `SVDQuantTensors`."""
+    fmt, columns = FORMATS[spec.weights], padded_columns(in_features, spec)
+    four_bit = fmt.bits == 4
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if spec.kind == "svdquant" and spec.rank:
+        # First, because a model's dtype is that of its first floating parameter.
+        shapes["proj_down"] = ((spec.rank, in_features), dtype)
+        shapes["proj_up"] = ((out_features, spec.rank), dtype)
+    if bias:
+        shapes["bias"] = ((out_features,), dtype)
+    if spec.kind == "svdquant" and spec.smooth:
+        shapes["smooth_factor"] = ((in_features,), dtype)
+    shapes["qweight"] = (
+        (out_features, columns // 2 if four_bit else columns),
+        torch.uint8 if four_bit else torch.int8,
+    )
+    nvfp4 = spec.weights == "nvfp4"
+    shapes["wscales"] = (
+        (out_features, groups_of(in_features, spec)),
+        torch.float8_e4m3fn if nvfp4 else dtype,
+    )
+    if nvfp4:
+        shapes["wcscales"] = ((out_features,), dtype)
+    return {name: torch.empty(shape, dtype=t, device=device) for name, (shape, t) in shapes.items()}
+
+
+class QuantizedMixin:
+    """What the quantized layers share: packed parameters, a weight that is a view of nothing, a guard on casts."""
+
+    spec: LayerSpec
+    in_features: int
+    out_features: int
+    activations: str
+
+    def _init_storage(self, tensors: dict[str, Tensor]) -> None:
+        module: Any = self
+        for name in ("proj_down", "proj_up", "bias", "smooth_factor", "qweight", "wscales", "wcscales"):
+            value = tensors.get(name)
+            parameter = None if value is None else nn.Parameter(value, requires_grad=False)
+            module.register_parameter(name, parameter)
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape, type and device of the dense weight, with no storage behind them. Reading values is meaningless."""
+        view = self._weight_like().expand(*self._weight_shape())
+        view._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not initialise it
+        return view
+
+    def _weight_like(self) -> Tensor:
+        module: Any = self
+        for name in ("proj_up", "bias", "smooth_factor", "wcscales", "wscales"):
+            value = getattr(module, name)
+            if value is not None:
+                return value.detach().new_empty(1)
+        raise AssertionError("a quantized layer always has scales")
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        return (self.out_features, self.in_features)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self._weight_like().dtype
+
+    def tensors(self) -> SVDQuantTensors:
+        """The record behind this layer; it shares the parameters' storage."""
+        module: Any = self
+        return SVDQuantTensors(self.spec, self.in_features, **{n: getattr(module, n) for n in TENSOR_NAMES})
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        module: Any = self
+        for parameter in module.parameters(recurse=False):
+            # Asked of an empty tensor first: a refused cast must leave the layer as it was.
+            if parameter.dtype not in _FLOAT8 and fn(parameter.data.new_empty(0)).dtype in _FLOAT8:
+                raise SVDQuantError(
+                    "a quantized layer's scales and low-rank branch cannot be stored in 8 bits; leave svdquant models "
+                    "out of layerwise casting"
+                )
+        originals = {name: p.data for name in FIXED_DTYPE if (p := getattr(self, name)) is not None}
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        for name, original in originals.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != original.dtype:
+                # A cast of the model: move the original, so that no rounding has happened on the way.
+                setattr(self, name, nn.Parameter(original.to(parameter.device), requires_grad=False))
+        return self
+
+    def dequantize(self) -> nn.Module:
+        """A dense module in the compute type that equals this one with 16-bit activations."""
+        weight, bias = self.tensors().dense()
+        return self._dense_module(weight.to(self.compute_dtype), None if bias is None else bias.to(self.compute_dtype))
+
+    def _dense_module(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta", dtype=weight.dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        return linear
+
+    def extra_repr(self) -> str:
+        s = self.spec
+        group = f"g{s.group_size}" if s.group_size else "per row"
+        text = f"in_features={self.in_features}, out_features={self.out_features}, {s.weights} {group}"
+        if s.kind == "svdquant":
+            text += f", rank={s.rank}, activations={self.activations}" + (", rotate" if s.rotate else "")
+        return text
+
+
+class SVDQuantLinear(QuantizedMixin, nn.Linear):
+    """y = Q(x/s)·Ŵᵀ + (x·Dᵀ)·Uᵀ + b with packed weights; everything else is an `nn.Linear`.
+
+    activations: "auto", "int4", "int8", "fp8", "nvfp4" or "none"; may be changed at any time.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        spec: LayerSpec | None = None,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.spec = spec or LayerSpec()
+        self.activations = "auto"
+        self._init_storage(empty_tensors(in_features, out_features, bias, self.spec, dtype or torch.bfloat16, device))
+
+    @classmethod
+    def from_tensors(cls, tensors: SVDQuantTensors) -> SVDQuantLinear:
+        """A layer around existing tensors, without copying them."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = tensors.in_features, tensors.out_features
+        layer.spec = tensors.spec
+        layer.activations = "auto"
+        layer._init_storage(tensors.named())
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return svdquant_linear(x, self.tensors(), self.activations)
+
+
+class W4A16Linear(SVDQuantLinear):
+    """y = x·Ŵᵀ + b with 4-bit weights and 16-bit activations, for linears of few rows (AdaLN modulation)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return w4a16_linear(x, self.qweight, self.wscales, self.bias, self.spec.weights)
+
+
+class SVDQuantConv2d(QuantizedMixin, nn.Conv2d):
+    """A 1×1 convolution as the linear that it is: one product per pixel. x [B, C, H, W]."""
+
+    def __init__(self, tensors: SVDQuantTensors) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = tensors.in_features, tensors.out_features
+        self.in_channels, self.out_channels = tensors.in_features, tensors.out_features
+        self.kernel_size, self.stride, self.dilation = (1, 1), (1, 1), (1, 1)
+        self.padding, self.groups, self.padding_mode = (0, 0), 1, "zeros"
+        self.spec = tensors.spec
+        self.activations = "auto"
+        self._init_storage(tensors.named())
+
+    @classmethod
+    def from_tensors(cls, tensors: SVDQuantTensors) -> SVDQuantConv2d:
+        return cls(tensors)
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        return (self.out_features, self.in_features, 1, 1)
+
+    def _dense_module(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        n, k = self.out_features, self.in_features
+        conv = nn.Conv2d(k, n, 1, bias=bias is not None, device="meta", dtype=weight.dtype)
+        conv.weight = nn.Parameter(weight[:, :, None, None], requires_grad=False)
+        conv.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        return conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = svdquant_linear(x.movedim(1, -1), self.tensors(), self.activations)
+        return y.movedim(-1, 1)
+
+
+QUANTIZED = (SVDQuantLinear, SVDQuantConv2d)
+
+
+def is_pointwise_conv(module: nn.Module) -> bool:
+    """A convolution that is a linear applied to every pixel."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and tuple(module.kernel_size) == (1, 1)
+        and tuple(module.stride) == (1, 1)
+        and module.groups == 1
+        and module.padding in ((0, 0), 0)
+    )
+
+
+def make_layer(original: nn.Module, tensors: SVDQuantTensors) -> nn.Module:
+    """The quantized layer that takes the place of `original`."""
+    if isinstance(original, nn.Conv2d):
+        return SVDQuantConv2d.from_tensors(tensors)
+    cls = W4A16Linear if tensors.spec.kind == "w4a16" else SVDQuantLinear
+    return cls.from_tensors(tensors)
+
+
+def empty_layer(original: nn.Module, spec: LayerSpec, dtype: torch.dtype) -> nn.Module:
+    """The quantized layer with uninitialised tensors on the device of `original` ("meta" while a model is loading)."""
+    conv = isinstance(original, nn.Conv2d)
+    k = original.in_channels if conv else original.in_features  # type: ignore[union-attr]
+    n = original.out_channels if conv else original.out_features  # type: ignore[union-attr]
+    device = original.weight.device  # type: ignore[union-attr]
+    bias = original.bias is not None or bool(spec.unsigned)  # which compensates the shift
+    storage = empty_tensors(int(k), int(n), bias, spec, dtype, device)  # type: ignore[arg-type]
+    return make_layer(original, SVDQuantTensors(spec, int(k), **storage))  # type: ignore[arg-type]
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Puts `new` in the place of the submodule `name`; hooks of accelerate move along."""
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    new.training = getattr(parent, child).training
+    setattr(parent, child, new)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name → module of every quantized layer."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, QUANTIZED)}
+
+
+def set_activations(model: Any, activations: str | dict[str, str]) -> Any:
+    """Sets the activation precision of a loaded model; returns the model.
+
+    model: a module, or a pipeline (then every component that holds quantized layers). activations: one of "auto",
+    "int4", "int8", "fp8", "nvfp4", "none" for all layers, or patterns → precision for some. Raises `SVDQuantError` for
+    an unknown precision, a model without quantized layers, or a pattern that matches none.
+    """
+    modules = [model] if isinstance(model, nn.Module) else _components(model)
+    layers = [named for module in modules for named in quantized_layers(module).items()]
+    if not layers:
+        raise SVDQuantError(f"{type(model).__name__} has no quantized layers; quantize or load a quantized model first")
+    wanted = {"*": activations} if isinstance(activations, str) else activations
+    for pattern, precision in wanted.items():
+        if precision not in ACTIVATIONS:
+            raise SVDQuantError(f"activations={precision!r} is not one of {', '.join(ACTIVATIONS)}")
+        hit = [layer for name, layer in layers if matches(pattern, name)]
+        if not hit:
+            raise SVDQuantError(f"pattern {pattern!r} matches no quantized layer, e.g. {layers[0][0]}")
+        for layer in hit:
+            layer.activations = precision  # type: ignore[assignment]
+    return model
+
+
+def _components(pipeline: Any) -> list[nn.Module]:
+    components = getattr(pipeline, "components", {})
+    return [c for c in components.values() if isinstance(c, nn.Module)]
+

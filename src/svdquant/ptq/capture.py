@@ -1,0 +1,137 @@
+"""Calibration inputs, kept on disk: a bounded sample of rows per distinct input, whatever the number of forwards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import SVDQuantError
+from .plan import GroupPlan
+from .solve import GroupInputs, group_generator
+from .trace import Run
+
+
+class _Reservoir:
+    """A uniform sample of at most `budget` of the rows seen (Vitter's algorithm R), in a memory-mapped file."""
+
+    def __init__(self, path: Path, budget: int, generator: torch.Generator) -> None:
+        self.path, self.budget, self.generator = path, budget, generator
+        self.seen = 0
+        self.amax: Tensor | None = None
+        self._rows: Tensor | None = None
+        self._digests: set[bytes] = set()
+
+    def add(self, rows: Tensor) -> None:
+        """rows [M, K]; a tensor that was seen before (the text of every step, say) adds nothing."""
+        digest = _digest(rows)
+        if digest in self._digests or rows.shape[0] == 0:
+            return
+        self._digests.add(digest)
+        amax = rows.abs().amax(0).float()
+        self.amax = amax if self.amax is None else torch.maximum(self.amax, amax)
+        if self._rows is None:
+            size = self.budget * rows.shape[1]
+            flat = torch.from_file(str(self.path), shared=True, size=size, dtype=rows.dtype)
+            self._rows = flat.view(self.budget, rows.shape[1])
+        filled = min(self.seen, self.budget)
+        room = min(self.budget - filled, rows.shape[0])
+        if room:
+            self._rows[filled : filled + room] = rows[:room].cpu()
+        rest = rows.shape[0] - room
+        if rest:
+            # Row number t of the stream replaces a random slot with probability budget / t.
+            numbers = torch.arange(self.seen + room, self.seen + rows.shape[0]) + 1
+            slots = (torch.rand(rest, generator=self.generator, dtype=torch.float64) * numbers).long()
+            for i in torch.nonzero(slots < self.budget).flatten().tolist():
+                self._rows[slots[i]] = rows[room + i].cpu()
+        self.seen += rows.shape[0]
+
+    def finish(self) -> dict[str, Any]:
+        """What is needed to read the file again."""
+        if self._rows is None or self.amax is None:
+            return {}
+        kept = min(self.seen, self.budget)
+        save_file({"rows": self._rows[:kept].clone(), "amax": self.amax.cpu()}, self.path.with_suffix(".safetensors"))
+        self._rows = None
+        self.path.unlink()
+        return {"file": self.path.with_suffix(".safetensors").name, "rows": kept, "seen": self.seen}
+
+
+def _digest(rows: Tensor) -> bytes:
+    """Of 64 evenly spaced rows, the shape and the sum: equal tensors always agree, others practically never."""
+    step = max(rows.shape[0] // 64, 1)
+    sample = rows[::step].contiguous().cpu()
+    digest = hashlib.blake2b(f"{tuple(rows.shape)} {float(rows.double().sum())}".encode(), digest_size=16)
+    digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+class CalibrationStore:
+    """A folder of calibration inputs, one file per distinct input tensor of the model."""
+
+    INDEX = "inputs.json"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index: dict[str, dict[str, Any]] = json.loads((folder / self.INDEX).read_text())
+
+    def inputs(self, group: str) -> GroupInputs:
+        data = load_file(self.folder / self.index[group]["file"])
+        return GroupInputs(data["rows"], data["amax"])
+
+    @classmethod
+    def complete(cls, folder: Path) -> bool:
+        """Whether a capture finished here; an interrupted one is made again."""
+        return (folder / cls.INDEX).is_file()
+
+
+def capture(
+    model: nn.Module, groups: list[GroupPlan], run: Run, folder: Path, rows: int, seed: int
+) -> CalibrationStore:
+    """Runs `run(model)` and keeps up to `rows` input rows of every group under `folder`.
+
+    The model is not changed; all inputs are those of the 16-bit model. Memory does not grow with the number of
+    forwards: the samples are memory-mapped files. Raises `SVDQuantError` naming a layer that no forward reached.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    reservoirs: dict[str, _Reservoir] = {}
+    handles = []
+    for number, group in enumerate(groups):
+        reservoir = _Reservoir(folder / f"{number:05d}.rows", rows, group_generator(seed, f"capture:{group.name}"))
+        reservoirs[group.name] = reservoir
+        handles.append(model.get_submodule(group.name).register_forward_pre_hook(_hook(reservoir), with_kwargs=True))
+    try:
+        with torch.no_grad():
+            run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    index = {name: entry for name, reservoir in reservoirs.items() if (entry := reservoir.finish())}
+    missed = [group.name for group in groups if group.name not in index]
+    if missed:
+        more = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
+        raise SVDQuantError(
+            f"calibration never reached {missed[0]}{more}; let calibrate run every branch of the model, or put the "
+            "layer into skip"
+        )
+    partial = folder / (CalibrationStore.INDEX + ".partial")
+    partial.write_text(json.dumps(index))
+    partial.replace(folder / CalibrationStore.INDEX)
+    return CalibrationStore(folder)
+
+
+def _hook(reservoir: _Reservoir) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if isinstance(module, nn.Conv2d):
+            x = x.movedim(1, -1)
+        reservoir.add(x.detach().reshape(-1, x.shape[-1]))
+
+    return hook

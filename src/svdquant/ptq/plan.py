@@ -1,0 +1,280 @@
+"""Which linears are quantized, how, and which belong together: decided before any weight is touched."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from ..config import LayerSpec, SVDQuantConfig, matches
+from ..errors import SVDQuantError
+from ..families import GENERIC, Family, family_of
+from ..nn import is_pointwise_conv
+from ..numerics import FORMATS, groups_of, padded_columns
+from .trace import LayerTrace, Run, trace_forward
+
+# Below this a layer saves too little to be worth an error.
+_SMALLEST = 64 * 64
+_MODULATION = re.compile(r"(^|\.)(norm\w*|(\w+_)?mod(ulation\w*)?|adaln\w*)(\.|$)", re.IGNORECASE)
+_QKV = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"), ("q", "k", "v"), ("wi_0", "wi_1"))
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One linear: kind is "svdquant", "w4a16" or "keep"; `spec` is None for "keep"; `reason` says why it is so."""
+
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+    bias: bool
+    dtype_bytes: int
+    block: str
+    group: str
+    reason: str
+    conv: bool = False
+    spec: LayerSpec | None = None
+    segments: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def bytes_before(self) -> int:
+        return (self.in_features * self.out_features + self.out_features * self.bias) * self.dtype_bytes
+
+    @property
+    def bytes_after(self) -> int:
+        """As stored, scales, smoothing, branch and bias included."""
+        if self.spec is None:
+            return self.bytes_before
+        spec, k, n, unit = self.spec, self.in_features, self.out_features, self.dtype_bytes
+        total = n * padded_columns(k, spec) * FORMATS[spec.weights].bits // 8
+        total += n * groups_of(k, spec) * (1 if spec.weights == "nvfp4" else unit)
+        # A shifted layer has a bias in any case: it takes the shift out again.
+        total += n * unit * ((self.bias or bool(spec.unsigned)) + (spec.weights == "nvfp4"))
+        if spec.kind == "svdquant":
+            total += (k + n) * spec.rank * unit + k * unit * spec.smooth
+        return total
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Linears that read the same tensor: one smooth factor, one down-projection. Named after the first."""
+
+    name: str
+    members: tuple[LayerPlan, ...]
+
+    @property
+    def spec(self) -> LayerSpec:
+        spec = self.members[0].spec
+        assert spec is not None
+        return spec
+
+    @property
+    def in_features(self) -> int:
+        return self.members[0].in_features
+
+
+@dataclass
+class Plan:
+    """What will happen to a model. `layers` in the model's order; `other_bytes` are parameters of no linear."""
+
+    model_class: str
+    family: str
+    traced: bool
+    layers: dict[str, LayerPlan] = field(default_factory=dict)
+    other_bytes: int = 0
+
+    @property
+    def groups(self) -> list[GroupPlan]:
+        members: dict[str, list[LayerPlan]] = {}
+        for layer in self.layers.values():
+            if layer.kind != "keep":
+                members.setdefault(layer.group, []).append(layer)
+        return [GroupPlan(name, tuple(group)) for name, group in members.items()]
+
+    @property
+    def specs(self) -> dict[str, LayerSpec]:
+        return {name: layer.spec for name, layer in self.layers.items() if layer.spec is not None}
+
+    @property
+    def bytes_before(self) -> int:
+        return self.other_bytes + sum(layer.bytes_before for layer in self.layers.values())
+
+    @property
+    def bytes_after(self) -> int:
+        return self.other_bytes + sum(layer.bytes_after for layer in self.layers.values())
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a linear or 1×1 convolution."""
+    m: Any = module
+    return (m.in_channels, m.out_channels) if isinstance(module, nn.Conv2d) else (m.in_features, m.out_features)
+
+
+def find_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every `nn.Linear` and 1×1 convolution by name."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) or is_pointwise_conv(module):
+            found[name] = module
+    return found
+
+
+def find_blocks(model: nn.Module, family: Family) -> list[str]:
+    """Names of the model's blocks: elements of the outermost module lists, and a UNet's middle block."""
+    lists = list(family.blocks)
+    if not lists:
+        for name, module in model.named_modules():
+            nested = any(name.startswith(outer + ".") for outer in lists)
+            if isinstance(module, nn.ModuleList) and not nested and _has_linear(module):
+                lists.append(name)
+    blocks = [f"{name}.{i}" for name in lists for i in range(len(model.get_submodule(name)))]  # type: ignore[arg-type]
+    if hasattr(model, "mid_block") and model.mid_block is not None:
+        blocks.append("mid_block")
+    return blocks
+
+
+def _has_linear(module: nn.Module) -> bool:
+    return any(isinstance(m, nn.Linear) for m in module.modules())
+
+
+def block_of(name: str, blocks: list[str]) -> str:
+    return next((block for block in blocks if name.startswith(block + ".")), "")
+
+
+def make_plan(model: nn.Module, config: SVDQuantConfig, run: Run | None = None) -> Plan:
+    """Plans `model`, which may live on the meta device: no weight is read.
+
+    run: calls the model once; None uses the family's own example inputs, and without those, names alone decide.
+    Raises `SVDQuantError` where nothing is left to quantize, a pattern matches nothing or a rank exceeds a layer.
+    """
+    family = family_of(model)
+    linears = find_linears(model)
+    blocks = find_blocks(model, family)
+    where = {name: block_of(name, blocks) for name in linears}
+    if run is None and family.example_inputs is not None:
+        inputs = family.example_inputs
+
+        def run(m: nn.Module) -> Any:
+            return m(**inputs(m))
+
+    traces = trace_forward(model, where, run) if run is not None else {}
+    plan = Plan(type(model).__name__, family.name, traced=bool(traces))
+    _check_patterns(config, list(linears))
+
+    tokens_seen = any(trace.dims > 2 for trace in traces.values())
+    readers = _blocks_reading(traces, where)
+    linear_bytes = 0
+    for name, module in linears.items():
+        trace = traces.get(name)
+        layer = _plan_layer(name, module, config, family, bool(blocks), where[name], trace, tokens_seen, readers)
+        plan.layers[name] = layer
+        linear_bytes += layer.bytes_before
+    plan.other_bytes = max(sum(p.numel() * p.element_size() for p in model.parameters()) - linear_bytes, 0)
+    _assign_groups(plan, traces)
+    if not plan.groups:
+        raise SVDQuantError(f"{plan.model_class} has no linear left to quantize; loosen skip, overrides or the family")
+    return plan
+
+
+def _check_patterns(config: SVDQuantConfig, names: list[str]) -> None:
+    for pattern in (*config.skip, *config.overrides):
+        if not any(matches(pattern, name) for name in names):
+            raise SVDQuantError(f"pattern {pattern!r} matches no linear of the model, e.g. {names[:1]}")
+
+
+def _blocks_reading(traces: dict[str, LayerTrace], where: dict[str, str]) -> dict[int, set[str]]:
+    readers: dict[int, set[str]] = {}
+    for name, trace in traces.items():
+        readers.setdefault(trace.source, set()).add(where[name])
+    return readers
+
+
+def _plan_layer(
+    name: str,
+    module: nn.Module,
+    config: SVDQuantConfig,
+    family: Family,
+    has_blocks: bool,
+    block: str,
+    trace: LayerTrace | None,
+    tokens_seen: bool,
+    readers: dict[int, set[str]],
+) -> LayerPlan:
+    k, n = linear_shape(module)
+    weight: Any = module.weight
+    layer = LayerPlan(
+        name, "keep", k, n, module.bias is not None, weight.element_size(), block, name, "", isinstance(module, nn.Conv2d)
+    )
+    mine = config.for_layer(name)
+    if mine is None:
+        return replace(layer, reason="skipped by the configuration")
+    if has_blocks and not block:
+        return replace(layer, reason="embedding, final norm or projection")
+    if any(matches(pattern, name) for pattern in family.keep):
+        return replace(layer, reason=f"{family.name} keeps it")
+    if k * n < _SMALLEST:
+        return replace(layer, reason="too small")
+    if _is_modulation(name, family, trace, tokens_seen):
+        if mine.modulation == "none":
+            return replace(layer, reason="modulation, kept by the configuration")
+        spec = LayerSpec("w4a16", "int4", 64, 0, "none", (), False, False)
+        return replace(layer, kind="w4a16", spec=spec, reason="modulation: few rows, weights only")
+    if _is_text_key_value(name, trace, readers):
+        return replace(layer, reason="reads the text of a cross-attention")
+    if mine.rank > min(k, n):
+        raise SVDQuantError(f"rank {mine.rank} exceeds {name}, which is {n}×{k}; use --rank {min(k, n)} or less")
+    spec, segments = _layer_spec(mine, k, trace)
+    reason = "after GELU: shifted, unsigned" if spec.unsigned else ""
+    return replace(layer, kind="svdquant", spec=spec, segments=segments, reason=reason)
+
+
+def _is_modulation(name: str, family: Family, trace: LayerTrace | None, tokens_seen: bool) -> bool:
+    if any(matches(pattern, name) for pattern in family.w4a16):
+        return True
+    if trace is not None and tokens_seen:
+        return trace.dims == 2
+    return bool(_MODULATION.search(name)) and trace is None
+
+
+def _is_text_key_value(name: str, trace: LayerTrace | None, readers: dict[int, set[str]]) -> bool:
+    if trace is not None:
+        return len(readers[trace.source]) > 1
+    return name.endswith(("attn2.to_k", "attn2.to_v"))
+
+
+def _layer_spec(
+    config: SVDQuantConfig, in_features: int, trace: LayerTrace | None
+) -> tuple[LayerSpec, tuple[tuple[int, int], ...]]:
+    group = config.weight_group_size
+    segments = trace.segments if trace is not None else ((0, in_features),)
+    if any(start % 64 for start, _ in segments):
+        segments = ((0, in_features),)
+    unsigned: tuple[tuple[int, int], ...] = ()
+    if trace is not None and config.weights == "int4":
+        unsigned = tuple((a, b) for a, b in trace.gelu if a % 64 == 0 and (b % 64 == 0 or b == in_features))
+    # Rotated channels mix all signs: the two exclude each other, and after a GELU unsigned codes are worth more.
+    rotate = config.use_rotation and not unsigned
+    spec = LayerSpec(
+        "svdquant", config.weights, group, config.rank, config.activations, unsigned, rotate, config.smooth_grid > 0
+    )
+    return spec, segments
+
+
+def _assign_groups(plan: Plan, traces: dict[str, LayerTrace]) -> None:
+    """Layers of one block that read the same tensor, and agree on how they are stored, form a group."""
+    first: dict[Any, str] = {}
+    for name, layer in plan.layers.items():
+        if layer.kind != "svdquant":
+            continue
+        key: Any = (layer.block, name)
+        if name in traces:
+            key = (layer.block, traces[name].source, layer.spec)
+        else:
+            parent, _, leaf = name.rpartition(".")
+            siblings = next((q for q in _QKV if leaf in q), None)
+            # Cross attention takes queries and keys from different tensors; without a trace only self-attention counts.
+            if siblings and "attn2" not in parent and "cross" not in parent.lower():
+                key = (layer.block, parent, siblings, layer.spec)
+        plan.layers[name] = replace(layer, group=first.setdefault(key, name))

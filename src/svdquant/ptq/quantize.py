@@ -1,0 +1,106 @@
+"""`svdquant.quantize`: plan, capture, solve and swap, in place, for a model in memory."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import SVDQuantConfig
+from ..errors import SVDQuantError
+from ..nn import QUANTIZED, make_layer, replace_module
+from .capture import capture
+from .plan import GroupPlan, Plan, make_plan
+from .report import LayerReport, Report
+from .solve import SolvedLayer, solve_group
+from .trace import Run
+
+# Called after each solved group: (groups done, groups in all, name of the group).
+Progress = Callable[[int, int, str], None]
+
+
+def quantize(
+    model: nn.Module,
+    config: SVDQuantConfig | None = None,
+    calibrate: Run | None = None,
+    *,
+    work_dir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Quantizes `model` in place and returns the report.
+
+    calibrate: any callable that runs the model it is given, e.g. `lambda m: pipe(prompts)`; None = data-free.
+    work_dir: where calibration inputs are kept meanwhile; a temporary folder by default. A model of diffusers or
+    transformers can be saved with its own `save_pretrained` afterwards. Nothing is changed where `SVDQuantError` is
+    raised.
+    """
+    config = config or SVDQuantConfig()
+    if any(isinstance(m, QUANTIZED) for m in model.modules()):
+        raise SVDQuantError(f"{type(model).__name__} is quantized already; start from the 16-bit model")
+    began = time.perf_counter()
+    plan = make_plan(model, config, calibrate)
+    groups = plan.groups
+    solved: dict[str, SolvedLayer] = {}
+    with tempfile.TemporaryDirectory(prefix="svdquant-", dir=work_dir) as folder:
+        store = None
+        if calibrate is not None:
+            store = capture(model, groups, calibrate, Path(folder), config.calibration_rows, config.seed)
+        for number, group in enumerate(groups):
+            weights, biases = _tensors_of(model, group)
+            solved |= solve_group(group, weights, biases, None if store is None else store.inputs(group.name), config)
+            if progress is not None:
+                progress(number + 1, len(groups), group.name)
+    report = make_report(plan, {name: layer.report for name, layer in solved.items()}, config)
+    report.check(config.max_error)
+    kept = {layer.name for layer in report.layers if layer.kind == "keep"}
+    specs = {}
+    for name, layer in solved.items():
+        if name not in kept:
+            specs[name] = layer.spec
+            original = model.get_submodule(name)
+            replace_module(model, name, make_layer(original, layer.tensors))
+    del solved
+    gc.collect()
+    report.seconds = time.perf_counter() - began
+    _attach(model, config.with_layers(specs))
+    return report
+
+
+def make_report(plan: Plan, layers: dict[str, LayerReport], config: SVDQuantConfig) -> Report:
+    """The whole model's report; layers above `keep_16bit_above` are marked as staying in 16 bits."""
+    report = Report(plan.model_class, bytes_before=plan.bytes_before)
+    saved = 0
+    for name in plan.layers:
+        if name not in layers:
+            continue
+        layer = layers[name]
+        limit = (config.for_layer(name) or config).keep_16bit_above
+        if limit is not None and layer.error > limit:
+            layer.kind, layer.bytes_after = "keep", layer.bytes_before
+        saved += layer.bytes_before - layer.bytes_after
+        report.layers.append(layer)
+    report.bytes_after = plan.bytes_before - saved
+    return report
+
+
+def _tensors_of(model: nn.Module, group: GroupPlan) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    weights: dict[str, Tensor] = {}
+    biases: dict[str, Tensor | None] = {}
+    for member in group.members:
+        module: Any = model.get_submodule(member.name)
+        weights[member.name] = module.weight.detach()
+        biases[member.name] = None if module.bias is None else module.bias.detach()
+    return weights, biases
+
+
+def _attach(model: nn.Module, config: SVDQuantConfig) -> None:
+    """Lets the library that the model comes from know that it is quantized."""
+    from ..integrations import attach
+
+    attach(model, config)
+
