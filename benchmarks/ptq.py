@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from svdquant import LayerSpec, SVDQuantConfig
+from svdquant.ptq.low_rank import dense_svd, truncated_svd
 from svdquant.ptq.plan import GroupPlan, LayerPlan
 from svdquant.ptq.problem import Problem
-from svdquant.ptq.low_rank import dense_svd, truncated_svd
 from svdquant.ptq.smooth import search
 from svdquant.ptq.solve import GroupInputs, solve_group
 
@@ -28,7 +28,9 @@ from svdquant.ptq.solve import GroupInputs, solve_group
 def make_case(k: int, n: int, rows: int, seed: int = 0) -> tuple[torch.Tensor, GroupInputs]:
     """A weight [n, k] and inputs [rows, k] in bfloat16."""
     g = torch.Generator().manual_seed(seed)
-    directions = torch.randn(n, 48, generator=g) @ (torch.randn(48, k, generator=g) * torch.logspace(0, -1.5, 48)[:, None])
+    directions = torch.randn(n, 48, generator=g) @ (
+        torch.randn(48, k, generator=g) * torch.logspace(0, -1.5, 48)[:, None]
+    )
     weight = torch.randn(n, k, generator=g) * 0.02 + directions * 0.01
     x = torch.randn(rows, k, generator=g) * torch.exp(0.5 * torch.randn(k, generator=g))
     x[:, torch.randperm(k, generator=g)[: k // 100]] *= 12
@@ -107,13 +109,12 @@ def main() -> None:
     small = (128, 256, 256, 4) if args.quick else (768, 3072, 4096, 20)
     result["search K={} N={}".format(*small)] = both = search_both(*small)
     print(
-        f"smoothing search K={small[0]} N={small[1]}: truncated {both['truncated_s']:.2f} s, dense {both['dense_s']:.2f} s, "
-        f"{both['speedup']:.1f}x faster, output error {both['error_loss']:+.2%}"
+        f"smoothing search K={small[0]} N={small[1]}: truncated {both['truncated_s']:.2f} s, dense "
+        f"{both['dense_s']:.2f} s, {both['speedup']:.1f}x faster, output error {both['error_loss']:+.2%}"
     )
     result[f"one SVD K={k} N={n}"] = one = one_svd(k, n)
-    print(
-        f"one SVD K={k} N={n}: truncated {one['truncated_s']:.2f} s, dense {one['dense_s']:.2f} s, {one['speedup']:.0f}x"
-    )
+    times = f"truncated {one['truncated_s']:.2f} s, dense {one['dense_s']:.2f} s, {one['speedup']:.0f}x"
+    print(f"one SVD K={k} N={n}: {times}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
 

@@ -19,7 +19,9 @@ from svdquant.numerics import SVDQuantTensors
 SHIFT = 0.171875
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 # The non-negative e4m3 values in the order of their bytes, 0 … 126; 127 is NaN.
-E4M3 = np.array([(m / 8) * 2.0**-6 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7) for e in range(16) for m in range(8)])[:127]
+E4M3 = np.array([(m / 8) * 2.0**-6 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7) for e in range(16) for m in range(8)])[
+    :127
+]
 INT4 = np.array([0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1], dtype=np.float64)
 ACTIVATION_GROUP = {"int4": 64, "nvfp4": 16}
 # Float32 rounding in the package may push a value that lies this close to a rounding boundary over it.
@@ -115,7 +117,9 @@ def quantize_activation(
     """
     if activations in ("int8", "fp8"):
         g = h[:, None, :]
-        scale = nonzero(round_to(np.abs(g).max(-1, keepdims=True) / {"int8": 127, "fp8": 448}[activations], torch.float32))
+        scale = nonzero(
+            round_to(np.abs(g).max(-1, keepdims=True) / {"int8": 127, "fp8": 448}[activations], torch.float32)
+        )
         return (np.clip(np.rint(g / scale), -127, 127) if activations == "int8" else e4m3(g / scale)), scale
     g = groups(np.pad(h, ((0, 0), (0, -h.shape[1] % group))), group)
     amax = np.abs(g).max(-1, keepdims=True)

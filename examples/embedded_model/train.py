@@ -30,7 +30,7 @@ LATENT = SIZE // 8
 TOKENS = LATENT // 2
 MAX_SEQUENCE_LENGTH = 16
 CLIP_LENGTH = 32
-STEPS = 16
+STEPS = 12
 TEXT_WIDTH = 128
 BATCH = 32
 LATENT_NOISE = 0.1
@@ -187,6 +187,12 @@ def polish_decoder(vae: AutoencoderKL, images: torch.Tensor, latents: torch.Tens
         optimizer.load_state_dict(state["optimizer"])
         clock.step, clock.seconds = state["step"], state["seconds"]
     generator = torch.Generator().manual_seed(clock.step + 1)
+
+    def checkpoint() -> None:
+        state = {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict()}
+        save({**state, "step": clock.step, "seconds": clock.seconds}, path)
+
+    saved = clock.seconds
     for step in clock.ticks():
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1, (step + 1) / 50) * (1 - clock.fraction) + 1e-5
@@ -202,8 +208,10 @@ def polish_decoder(vae: AutoencoderKL, images: torch.Tensor, latents: torch.Tens
         optimizer.step()
         if step % 100 == 0:
             log(f"decoder step {step} {clock.seconds:.0f}s loss {loss.item():.4f} psnr {psnr(output, target):.2f}")
-    state = {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict()}
-    save({**state, "step": clock.step, "seconds": clock.seconds}, path)
+        if clock.seconds - saved > CHECKPOINT_SECONDS:
+            saved = clock.seconds
+            checkpoint()
+    checkpoint()
     vae.eval()
 
 
@@ -463,9 +471,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints; an interrupted run resumes")
     parser.add_argument("--out", type=Path, default=ASSETS, help="pipeline folder to write")
-    parser.add_argument("--vae-minutes", type=float, default=12)
-    parser.add_argument("--decoder-minutes", type=float, default=6, help="for the decoder alone, after the VAE")
-    parser.add_argument("--minutes", type=float, default=60, help="for the transformer and the text encoders")
+    parser.add_argument("--vae-minutes", type=float, default=17)
+    parser.add_argument("--decoder-minutes", type=float, default=20, help="for the decoder alone, after the VAE")
+    parser.add_argument("--minutes", type=float, default=50, help="for the transformer and the text encoders")
     parser.add_argument("--vae-steps", type=int, help="instead of --vae-minutes")
     parser.add_argument("--decoder-steps", type=int, help="instead of --decoder-minutes")
     parser.add_argument("--steps", type=int, help="instead of --minutes")
@@ -485,8 +493,9 @@ def main() -> None:
     images, drawn = render_training_set(arguments.scenes, arguments.seed)
     vae = train_vae(images, Clock(arguments.vae_minutes, arguments.vae_steps), arguments.work)
     cache = arguments.work / "latents.pt"
-    latents = torch.load(cache, weights_only=True) if cache.exists() else encode(vae, images)
-    save(latents, cache)
+    if not cache.exists():
+        save(encode(vae, images), cache)
+    latents = torch.load(cache, weights_only=True)
     polish_decoder(vae, images, latents, Clock(arguments.decoder_minutes, arguments.decoder_steps), arguments.work)
     finish_vae(vae, latents)
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor

@@ -138,7 +138,7 @@ def test_other_settings_are_refused_until_restart(source: Path, tmp_path: Path) 
 
     with pytest.raises(KeyboardInterrupt):
         quantize_pipeline(source, out, config(), progress=stop)
-    with pytest.raises(SVDQuantError, match=r"begun with another rank.*--restart"):
+    with pytest.raises(SVDQuantError, match=r"begun with other rank.*--restart"):
         quantize_pipeline(source, out, config(rank=8))
     quantize_pipeline(source, out, config(rank=8), restart=True)
     assert load_pipeline(out).transformer.transformer_blocks[0].attn.to_q.spec.rank == 8

@@ -4,7 +4,8 @@ import pytest
 import reference64
 import torch
 
-from svdquant import SVDQuantError
+import svdquant
+from svdquant import SVDQuantConfig, SVDQuantError
 from svdquant.config import LayerSpec
 from svdquant.kernels import BACKENDS, device_path, resolve_activations, svdquant_linear
 from svdquant.kernels.dispatch import compute_dtype
@@ -25,7 +26,7 @@ def cuda(monkeypatch):
 
 
 @pytest.mark.parametrize("weights", ["int4", "nvfp4", "int8"])
-@pytest.mark.parametrize("solved", ["auto", "int4", "nvfp4", "int8", "fp8", "none"])
+@pytest.mark.parametrize("solved", ["auto", "int4", "nvfp4", "int8", "fp8"])
 def test_auto_on_a_cpu_is_int8(weights, solved):
     assert resolve_activations("auto", LayerSpec(weights=weights, activations=solved), CPU) == "int8"
 
@@ -63,9 +64,12 @@ def test_auto_on_rocm_is_int8(cuda):
         ("nvfp4", (12, 0), "int8", "int8"),
         ("nvfp4", (12, 0), "nvfp4", "nvfp4"),
         ("int4", (9, 0), "fp8", "int8"),
+        ("int4", (9, 0), "none", "none"),
+        ("nvfp4", (8, 9), "none", "none"),
+        ("int8", (12, 0), "none", "none"),
     ],
 )
-def test_a_layer_solved_for_8_bits_never_gets_4(cuda, weights, capability, solved, expected):
+def test_a_layer_solved_for_more_bits_keeps_them(cuda, weights, capability, solved, expected):
     spec = LayerSpec(weights=weights, activations=solved)
     assert resolve_activations("auto", spec, cuda(*capability)) == expected
 
@@ -122,3 +126,21 @@ def test_compute_type_on_a_cpu(dtype, backend, expected):
 
 def test_compute_type_on_another_device():
     assert compute_dtype(torch.zeros(1, dtype=torch.float16, device="meta"), "dequantize") == torch.float16
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+def test_gradients_reach_the_input_straight_through(rotate: bool) -> None:
+    """LoRA training and guidance need d(loss)/dx; it is that of the dense linear."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(128, 192))
+    config = SVDQuantConfig(rank=16, rotate=rotate)
+    svdquant.quantize(model, config)
+    layer = model[0]
+    assert isinstance(layer, svdquant.SVDQuantLinear)
+    x = torch.randn(3, 5, 128, requires_grad=True)
+    upstream = torch.randn(3, 5, 192)
+    layer(x).backward(upstream)
+    dense = layer.dequantize().weight.double()
+    assert x.grad is not None
+    expected = upstream.double() @ dense
+    assert float((x.grad.double() - expected).norm() / expected.norm()) < 1e-5

@@ -103,7 +103,9 @@ def test_weight_is_a_view_of_nothing(spec):
 
 
 def test_weight_of_a_convolution():
-    layer = make_layer(nn.Conv2d(130, 48, 1, device="meta"), reference64.random_tensors(LayerSpec(), 130, 48, True, torch.half))
+    layer = make_layer(
+        nn.Conv2d(130, 48, 1, device="meta"), reference64.random_tensors(LayerSpec(), 130, 48, True, torch.half)
+    )
     assert layer.weight.shape == (48, 130, 1, 1) and layer.weight.dtype == torch.half
     assert layer.weight.untyped_storage().nbytes() == 2
     assert isinstance(layer, nn.Conv2d) and (layer.in_channels, layer.out_channels) == (130, 48)

@@ -111,7 +111,8 @@ def test_rotation_spreads_an_outlier():
     x = gaussian(64, 128)
     x[:, 3] *= 50
     error = [
-        float((int4.fake_quantize_activation(h, 64, None, torch.bfloat16) - h).norm() / h.norm()) for h in (x, rotate(x))
+        float((int4.fake_quantize_activation(h, 64, None, torch.bfloat16) - h).norm() / h.norm())
+        for h in (x, rotate(x))
     ]
     # One channel dominates the norm, so compare what the other 127 keep.
     plain = int4.fake_quantize_activation(x, 64, None, torch.bfloat16)
@@ -119,3 +120,12 @@ def test_rotation_spreads_an_outlier():
     rest = [c for c in range(64) if c != 3]
     assert float((rotated - x)[:, rest].norm()) < 0.8 * float((plain - x)[:, rest].norm())
     assert all(e < 0.25 for e in error)
+
+
+def test_unsigned_codes_end_at_zero_and_signed_ones_at_seven():
+    h = torch.full((1, 128), -1.0)
+    h[0, 0] = h[0, 64] = 15.0
+    out = int4.fake_quantize_activation(h, 64, torch.tensor([True, False]), torch.float32)
+    assert out[0, :64].tolist() == [15.0] + [0.0] * 63
+    scale = 15 / 7
+    assert torch.allclose(out[0, 64:], torch.tensor([15.0] + [round(-1 / scale) * scale] * 63))

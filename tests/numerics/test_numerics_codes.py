@@ -55,7 +55,8 @@ def test_packing_matches_the_second_implementation():
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(0.5, 0), (1.5, 2), (2.5, 2), (-0.5, 0), (-3.5, -4), (6.5, 6), (7.4, 7), (-9, -7), (0.51, 1)]
+    ("value", "expected"),
+    [(0.5, 0), (1.5, 2), (2.5, 2), (-0.5, 0), (-3.5, -4), (6.5, 6), (7.4, 7), (-9, -7), (0.51, 1)],
 )
 def test_int4_rounds_half_to_even(value, expected):
     assert float(int4.round_values(torch.tensor([value]))) == expected

@@ -16,7 +16,9 @@ def gaussian(*shape, seed=0):
 
 def correlated(rows, columns, seed=0):
     """Inputs of a few strong directions, as activations are."""
-    return gaussian(rows, 24, seed=seed) @ gaussian(24, columns, seed=seed + 1) + 0.3 * gaussian(rows, columns, seed=seed + 2)
+    return gaussian(rows, 24, seed=seed) @ gaussian(24, columns, seed=seed + 1) + 0.3 * gaussian(
+        rows, columns, seed=seed + 2
+    )
 
 
 def dequantized(values, wscales, wcscales):
@@ -58,7 +60,7 @@ ROUND = {
 def test_equals_the_naive_algorithm(weights, k):
     weight, x = gaussian(12, k), correlated(300, k)
     hessian = (x.double().T @ x.double()).numpy()
-    values, wscales, wcscales = quantize_residual(
+    values, _wscales, _wcscales = quantize_residual(
         weight, weights, GROUPS[weights], torch.bfloat16, HessianFactor(torch.from_numpy(hessian).float())
     )
     _, scales, outer = reference64.quantize_weight(weight.double().numpy(), weights, GROUPS[weights], torch.bfloat16)
@@ -67,8 +69,8 @@ def test_equals_the_naive_algorithm(weights, k):
     # Once a value falls on the other side of a boundary, the rest of its row may differ.
     rows_equal = (values.numpy() == expected).all(1)
     assert rows_equal.mean() >= (0.9 if weights != "int8" else 0.5)
-    ours, naive = (reference64.relative(x.double().numpy() @ (v * scales).T, x.double().numpy() @ weight.double().numpy().T)
-                   for v in (values.double().numpy(), expected))  # fmt: skip
+    x, weight = x.double().numpy(), weight.double().numpy()
+    ours, naive = (reference64.relative(x @ (v * scales).T, x @ weight.T) for v in (values.double().numpy(), expected))
     assert ours == pytest.approx(naive, rel=0.02)
 
 
@@ -87,7 +89,9 @@ def test_beats_rounding_to_nearest_on_correlated_inputs(weights, limit):
 def test_values_stay_on_the_grid_and_scales_are_static(weights):
     weight, x = gaussian(32, 128), correlated(200, 128)
     nearest, scales, outer = quantize_residual(weight, weights, GROUPS[weights], torch.bfloat16, None)
-    values, again, outer_again = quantize_residual(weight, weights, GROUPS[weights], torch.bfloat16, HessianFactor(x.T @ x))
+    values, again, outer_again = quantize_residual(
+        weight, weights, GROUPS[weights], torch.bfloat16, HessianFactor(x.T @ x)
+    )
     assert torch.equal(scales.float(), again.float())
     assert (outer is None and outer_again is None) or torch.equal(outer, outer_again)
     assert not torch.equal(values, nearest)
@@ -118,7 +122,7 @@ def test_fewer_rows_than_columns(rows):
     values, wscales, _ = quantize_residual(weight, "int4", 64, torch.bfloat16, HessianFactor(x.T @ x))
     assert float(values.abs().max()) <= 7
     if rows:
-        wrong = (x.double().numpy() @ (dequantized(values, wscales, None) - weight.double().numpy()).T)
+        wrong = x.double().numpy() @ (dequantized(values, wscales, None) - weight.double().numpy()).T
         assert np.linalg.norm(wrong) / np.linalg.norm((x @ weight.T).numpy()) < 0.06
 
 

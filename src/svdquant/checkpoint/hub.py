@@ -60,7 +60,7 @@ def _config(cls: Any, repo: str, subfolder: str | None, access: dict[str, Any]) 
 
 
 def unreachable(repo: str, error: Exception) -> SVDQuantError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
     return SVDQuantError(
         f"{repo}: is no local path and could not be loaded from the Hub ({reason}); if it is gated or private, accept "
         f"its terms at https://huggingface.co/{repo} and run `hf auth login`; without network, run "

@@ -23,17 +23,19 @@ def debugging() -> bool:
 
 
 def quiet_libraries() -> None:
-    """Silences diffusers' and transformers' remarks and loading bars; downloads keep theirs."""
+    """Silences the libraries' remarks and loading bars; downloads keep their bars."""
     if debugging():
         return
     warnings.filterwarnings("ignore")
     import diffusers.utils.logging
     import huggingface_hub.utils
+    import huggingface_hub.utils.logging
     import transformers.utils.logging
 
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity_error()
     huggingface_hub.utils.enable_progress_bars()
 
 

@@ -44,7 +44,7 @@ def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where models and pictures go.")
     ] = Path("svdquant-demo"),
-    prompts: Annotated[int, typer.Option("--prompts", min=1, help="How many prompts to draw.")] = 4,
+    prompts: Annotated[int, typer.Option("--prompts", metavar="N", min=1, help="How many prompts to draw.")] = 8,
     json: Json = False,
 ) -> None:
     """Quantize the small embedded model, draw with it in four precisions, and compare. No download, a few minutes."""

@@ -17,12 +17,25 @@ _UsageError = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == 
 _ClickException = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 
+class Interrupted(Exception):
+    """A `KeyboardInterrupt` that knows what it interrupted; Typer would swallow the plain one."""
+
+    def __init__(self, what: str, resumable: bool) -> None:
+        again = "; the same command goes on from there" if resumable else ""
+        super().__init__(f"interrupted while {what}{again}")
+
+
 @contextmanager
-def doing(what: str) -> Iterator[None]:
-    """Remembers what was being done ("loading X") when an exception leaves the block; the innermost wins."""
+def doing(what: str, resumable: bool = False) -> Iterator[None]:
+    """Remembers what was being done ("loading X") when an exception leaves the block; the innermost wins.
+
+    resumable: repeating the command goes on where it stopped.
+    """
     try:
         yield
-    except BaseException as error:
+    except KeyboardInterrupt as error:
+        raise Interrupted(what, resumable) from error
+    except Exception as error:
         if not hasattr(error, "_svdquant_doing"):
             error._svdquant_doing = what  # type: ignore[attr-defined]
         raise
@@ -42,8 +55,10 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return "", error.code if isinstance(error.code, int) else FAILED
     if isinstance(error, typer.Exit):
         return "", error.exit_code
+    if isinstance(error, Interrupted):
+        return str(error), INTERRUPTED
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        return f"interrupted while {what}" if what else "interrupted", INTERRUPTED
+        return "interrupted", INTERRUPTED
     if isinstance(error, _ClickException):
         return _usage(error), BAD_INPUT
     if isinstance(error, BrokenPipeError):

@@ -34,13 +34,15 @@ class Drawn:
 
 @takes(options=drawing_flags)
 def generate(
-    model: Annotated[str, typer.Argument(help="A pipeline, or a quantized model with --base.")],
-    prompts: Annotated[list[str], typer.Argument(help="One picture each, per seed.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A pipeline, or a quantized model with --base.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One picture each, per seed.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE|FOLDER", help="A .png, .jpg or .webp file, or a folder.")
     ],
     options: dict[str, Any],
-    seed: Annotated[list[int] | None, typer.Option("--seed", help="Repeatable: one picture each; 0.")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option("--seed", metavar="N", help="Repeatable: one picture each; 0.")
+    ] = None,
     activations: ActivationsDial = None,
     compare: Annotated[
         str | None,

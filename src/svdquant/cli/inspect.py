@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import print_json, size, table
+from .console import print_json, quiet_libraries, size, table
 from .failures import doing
 from .options import Json
 
@@ -16,15 +16,20 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    checkpoint: Annotated[str, typer.Argument(help="A pipeline, a model folder, a file, a Hub id.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A pipeline, a model folder, a file, a Hub id.")
+    ],
     layers: Annotated[bool, typer.Option("--layers", help="One line per quantized layer.")] = False,
-    component: Annotated[str | None, typer.Option("--component", help="Of a pipeline; its denoiser.")] = None,
+    component: Annotated[
+        str | None, typer.Option("--component", metavar="NAME", help="Of a pipeline; its denoiser.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Show the format, layers and sizes of a checkpoint. No weight is read."""
     from ..checkpoint import inspect as read
     from ..integrations.pipeline import resolve_model
 
+    quiet_libraries()
     with doing(f"inspecting {checkpoint}"):
         path = resolve_model(checkpoint)
         info = read(path, component)

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from .console import debugging
 from .demo import demo
 from .doctor import doctor
-from .failures import DEBUG, explain
+from .failures import DEBUG, INTERRUPTED, Interrupted, explain
 from .generate import generate
 from .inspect import inspect
 from .plan import plan
@@ -52,10 +53,12 @@ def run(arguments: list[str]) -> int:
     arguments = _debug_first(arguments)
     try:
         result = typer.main.get_command(app)(args=arguments, prog_name="svdquant", standalone_mode=False)
+        if result == INTERRUPTED:
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except BaseException as error:
         sentence, code = explain(error)
-        if os.environ.get(DEBUG, "0") not in ("", "0") and not isinstance(error, (KeyboardInterrupt, SystemExit)):
+        if debugging() and isinstance(error, Exception) and not isinstance(error, (Interrupted, typer.Exit)):
             import traceback
 
             traceback.print_exception(error)

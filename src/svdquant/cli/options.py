@@ -20,16 +20,19 @@ def _either(names: tuple[str, ...]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-Model = Annotated[str, typer.Argument(help="A pipeline folder or a Hub id.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A pipeline folder or a Hub id.")]
 ActivationsDial = Annotated[
     str | None,
     typer.Option("--activations", metavar="FORMAT", help=f"{_either(ACTIVATIONS)}; the default is the device's best."),
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps, xpu …")]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="bfloat16, float16 or float32; the default is the model's.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of every random number.")]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu …")]
+Dtype = Annotated[str | None, typer.Option("--dtype", metavar="NAME", help="bfloat16, float16 or float32.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of every random number.")]
 Base = Annotated[
-    str | None, typer.Option("--base", help="The pipeline of a model that comes without one: folder or Hub id.")
+    str | None,
+    typer.Option(
+        "--base", metavar="PIPELINE", help="The pipeline of a model that comes without one: folder or Hub id."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
@@ -51,11 +54,19 @@ def config_flags(
         ),
     ] = "auto",
     rank: Annotated[
-        int, typer.Option("--rank", help="Of the 16-bit low-rank branch, 0-256.", rich_help_panel=_QUANTIZATION)
+        int,
+        typer.Option(
+            "--rank", metavar="N", help="Of the 16-bit low-rank branch, 0-256.", rich_help_panel=_QUANTIZATION
+        ),
     ] = 32,
     group_size: Annotated[
         int | None,
-        typer.Option("--group-size", help="Inputs per weight scale; the format's own.", rich_help_panel=_QUANTIZATION),
+        typer.Option(
+            "--group-size",
+            metavar="N",
+            help="Inputs per weight scale; the format's own.",
+            rich_help_panel=_QUANTIZATION,
+        ),
     ] = None,
     smooth: Annotated[
         bool,
@@ -63,10 +74,13 @@ def config_flags(
     ] = True,
     smooth_grid: Annotated[
         int | None,
-        typer.Option("--smooth-grid", min=1, help="Steps of its search; 20.", rich_help_panel=_QUANTIZATION),
+        typer.Option(
+            "--smooth-grid", metavar="N", min=1, help="Steps of its search; 20.", rich_help_panel=_QUANTIZATION
+        ),
     ] = None,
     refine: Annotated[
-        int, typer.Option("--refine", help="Rounds of branch against residual.", rich_help_panel=_QUANTIZATION)
+        int,
+        typer.Option("--refine", metavar="N", help="Rounds of branch against residual.", rich_help_panel=_QUANTIZATION),
     ] = 0,
     gptq: Annotated[
         bool, typer.Option("--gptq/--no-gptq", help="GPTQ, or round to nearest.", rich_help_panel=_QUANTIZATION)
@@ -124,7 +138,8 @@ def config_flags(
         ),
     ] = None,
     calibration_rows: Annotated[
-        int, typer.Option("--calibration-rows", help="Inputs kept per layer.", rich_help_panel=_QUANTIZATION)
+        int,
+        typer.Option("--calibration-rows", metavar="N", help="Inputs kept per layer.", rich_help_panel=_QUANTIZATION),
     ] = 4096,
 ) -> SVDQuantConfig:
     """The flags of `svdquant.quantize`, under the names of `SVDQuantConfig`."""
@@ -150,23 +165,30 @@ def config_flags(
 def drawing_flags(
     num_inference_steps: Annotated[
         int | None,
-        typer.Option("--num-inference-steps", "--steps", min=1, help="The model's own.", rich_help_panel=_DRAWING),
+        typer.Option(
+            "--num-inference-steps", "--steps", metavar="N", min=1, help="The model's own.", rich_help_panel=_DRAWING
+        ),
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option("--guidance-scale", help="The model's own.", rich_help_panel=_DRAWING)
+        float | None, typer.Option("--guidance-scale", metavar="X", help="The model's own.", rich_help_panel=_DRAWING)
     ] = None,
     height: Annotated[
-        int | None, typer.Option("--height", min=1, help="In pixels; the model's own.", rich_help_panel=_DRAWING)
+        int | None,
+        typer.Option("--height", metavar="N", min=1, help="In pixels; the model's own.", rich_help_panel=_DRAWING),
     ] = None,
     width: Annotated[
-        int | None, typer.Option("--width", min=1, help="In pixels; the model's own.", rich_help_panel=_DRAWING)
+        int | None,
+        typer.Option("--width", metavar="N", min=1, help="In pixels; the model's own.", rich_help_panel=_DRAWING),
     ] = None,
     max_sequence_length: Annotated[
         int | None,
-        typer.Option("--max-sequence-length", min=1, help="Of the prompt, in tokens.", rich_help_panel=_DRAWING),
+        typer.Option(
+            "--max-sequence-length", metavar="N", min=1, help="Of the prompt, in tokens.", rich_help_panel=_DRAWING
+        ),
     ] = None,
     negative_prompt: Annotated[
-        str | None, typer.Option("--negative-prompt", help="Where the pipeline has one.", rich_help_panel=_DRAWING)
+        str | None,
+        typer.Option("--negative-prompt", metavar="TEXT", help="Where the pipeline has one.", rich_help_panel=_DRAWING),
     ] = None,
 ) -> dict[str, Any]:
     """Fields of `PipelineOptions`."""

@@ -23,12 +23,14 @@ _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 def plan(
     model: Annotated[
         str,
-        typer.Argument(help="A folder, a config.json, a Hub id, or a diffusers class like FluxTransformer2DModel."),
+        typer.Argument(
+            metavar="MODEL", help="A folder, a config.json, a Hub id, or a diffusers class like FluxTransformer2DModel."
+        ),
     ],
     config: SVDQuantConfig,
     every: Annotated[bool, typer.Option("--all", help="One line per layer, blocks not joined.")] = False,
     data_free: Annotated[bool, typer.Option("--data-free", help="Estimate without calibration.")] = False,
-    dtype: Annotated[str, typer.Option("--dtype", help="Of the 16-bit model.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option("--dtype", metavar="NAME", help="Of the 16-bit model.")] = "bfloat16",
     json: Json = False,
 ) -> None:
     """Show which layers quantizing would turn into what, their sizes, and how long it takes. Downloads no weights."""
@@ -147,7 +149,7 @@ def _as_json(made: Plan, cost: dict[str, float]) -> dict[str, Any]:
             "reason": layer.reason,
             "bytes_before": layer.bytes_before,
             "bytes_after": layer.bytes_after,
-            "minutes": round(cost.get(layer.name, 0.0), 4),
+            "minutes": round(cost.get(layer.name, 0.0), 6),
         }
         for layer in made.layers.values()
     ]
@@ -158,6 +160,6 @@ def _as_json(made: Plan, cost: dict[str, float]) -> dict[str, Any]:
         "groups": len(made.groups),
         "bytes_before": made.bytes_before,
         "bytes_after": made.bytes_after,
-        "minutes": round(sum(cost.values()), 3),
+        "minutes": round(sum(cost.values()), 6),
         "layers": layers,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 STAGES = {"calibrate": "calibrating", "solve": "solving", "write": "writing"}
 _PROMPTS = "Calibration"
+_MEMORY = re.compile(r"\d+(\.\d+)?\s*[KMGT]i?B", re.IGNORECASE)
 
 
 @takes(config=config_flags, options=drawing_flags)
@@ -34,14 +36,21 @@ def quantize(
         typer.Option("--prompts", metavar="FILE", help="Calibration prompts, one per line.", rich_help_panel=_PROMPTS),
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="One of them; repeatable.", rich_help_panel=_PROMPTS)
+        list[str] | None,
+        typer.Option("--prompt", metavar="TEXT", help="One of them; repeatable.", rich_help_panel=_PROMPTS),
     ] = None,
     data_free: Annotated[
         bool, typer.Option("--data-free", help="No calibration: faster, less exact.", rich_help_panel=_PROMPTS)
     ] = False,
     samples: Annotated[
         int | None,
-        typer.Option("--samples", min=1, help="Pictures drawn to calibrate; one per prompt.", rich_help_panel=_PROMPTS),
+        typer.Option(
+            "--samples",
+            metavar="N",
+            min=1,
+            help="Pictures drawn to calibrate; one per prompt.",
+            rich_help_panel=_PROMPTS,
+        ),
     ] = None,
     base: Base = None,
     seed: Seed = 0,
@@ -58,11 +67,13 @@ def quantize(
     from ..integrations.pipeline import PipelineOptions
     from ..integrations.quantize import quantize_pipeline
 
-    chosen = None if data_free else calibration_prompts(model, prompts, prompt or [], samples)
     if data_free and (prompts or prompt or samples):
         raise SVDQuantError("--data-free draws nothing; leave out --prompts, --prompt and --samples")
+    if max_memory is not None and not _MEMORY.fullmatch(max_memory):
+        raise SVDQuantError(f"--max-memory {max_memory!r} is no size; write it as 8GB or 900MB")
     quiet_libraries()
-    with doing(f"quantizing {model}"), Stages(STAGES) as progress:
+    chosen = None if data_free else calibration_prompts(model, prompts, prompt or [], samples)
+    with doing(f"quantizing {model}", resumable=True), Stages(STAGES) as progress:
         report = quantize_pipeline(
             model,
             output,
@@ -85,7 +96,7 @@ def quantize(
 
 
 def calibration_prompts(model: str, file: Path | None, texts: list[str], samples: int | None) -> list[str]:
-    """The prompts to calibrate with: given ones, else the model's own, else ours; `samples` of them, repeated if needed.
+    """Prompts to calibrate with: given ones, else the model's own, else ours; `samples` of them, repeated if needed.
 
     Raises `SVDQuantError` where the file cannot be read or holds none.
     """

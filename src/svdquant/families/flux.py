@@ -33,4 +33,3 @@ FAMILY = Family(
     w4a16=("*.norm1.linear", "*.norm1_context.linear", "single_transformer_blocks.*.norm.linear"),
     example_inputs=example_inputs,
 )
-

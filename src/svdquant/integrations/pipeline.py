@@ -49,9 +49,12 @@ class PipelineOptions:
         if self.negative_prompt is not None:
             wanted["negative_prompt"] = self.negative_prompt
         wanted |= self.extra
-        for name in wanted:
+        step = getattr(getattr(getattr(pipe, "image_processor", None), "config", None), "vae_scale_factor", 1)
+        for name, value in wanted.items():
             if name not in known:
                 raise SVDQuantError(f"{type(pipe).__name__} takes no {name}; leave that option out")
+            if name in ("height", "width") and (value < 1 or value % step):
+                raise SVDQuantError(f"{name}={value} is no positive multiple of {step}, which this model needs")
         return wanted
 
 
@@ -86,6 +89,8 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no data")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
@@ -173,15 +178,18 @@ def _local_config(path: Path) -> dict[str, Any]:
 
 def _hub_config(repo: str) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    first: Exception | None = None
     for name in ("transformer/config.json", "unet/config.json", "config.json"):
         try:
             return json.loads(Path(hf_hub_download(repo, name)).read_text())
+        except LocalEntryNotFoundError as error:
+            raise unreachable(repo, error) from error
+        except EntryNotFoundError:
+            continue
         except Exception as error:  # as above
-            first = first or error
-    assert first is not None
-    raise unreachable(repo, first) from first
+            raise unreachable(repo, error) from error
+    raise SVDQuantError(f"{repo}: has no transformer/config.json, unet/config.json or config.json")
 
 
 def denoisers(path: Path) -> list[str]:

@@ -243,6 +243,12 @@ def _claim(
         "format": 1,
     }
     file = work / "job.json"
+    solved = any((work / "solved").rglob("*.safetensors"))
+    if file.is_file() and not solved:
+        # Nothing is lost by beginning anew, e.g. after broken weights were replaced.
+        before = json.loads(file.read_text())
+        if before != job:
+            shutil.rmtree(work, ignore_errors=True)
     if file.is_file():
         before = json.loads(file.read_text())
         changed = [key for key in job if before.get(key) != job[key]]
@@ -251,7 +257,7 @@ def _claim(
             changed.remove("config")
         if changed:
             raise SVDQuantError(
-                f"{work}: was begun with another {', '.join(changed)}; repeat that command to finish it, or pass "
+                f"{work}: was begun with other {', '.join(changed)}; repeat that command to finish it, or pass "
                 "--restart to begin anew"
             )
         return

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import ACTIVATIONS, LayerSpec
 from ..errors import SVDQuantError
-from ..numerics import SVDQuantTensors
+from ..numerics import SVDQuantTensors, dequantize_weight
 from . import reference
 
 BACKENDS = ("dequantize", "reference")
@@ -53,15 +54,16 @@ def compute_dtype(x: Tensor, backend: str) -> torch.dtype:
 def resolve_activations(activations: str, spec: LayerSpec, device: torch.device) -> str:
     """The precision that a layer really uses.
 
-    "auto" follows the device, but a layer that was solved for 8-bit activations is never run with fewer bits.
+    "auto" follows the device, but a layer that was solved for more bits than the device wants keeps them.
     """
     if activations not in ACTIVATIONS:
         raise SVDQuantError(f"activations={activations!r} is not one of {', '.join(ACTIVATIONS)}")
     if activations != "auto":
         return activations
     wanted = device_path(device).auto[spec.weights]
-    wider = spec.activations in ("int8", "fp8", "none")
-    return spec.activations if wider and wanted in ("int4", "nvfp4") else wanted
+    bits = {"int4": 4, "nvfp4": 4, "int8": 8, "fp8": 8, "none": 16}
+    solved_for = spec.activations if spec.activations != "auto" else wanted
+    return solved_for if bits[solved_for] > bits[wanted] else wanted
 
 
 def svdquant_linear(x: Tensor, tensors: SVDQuantTensors, activations: str = "auto") -> Tensor:
@@ -108,9 +110,7 @@ def _linear(
 ) -> Tensor:
     segments = tuple(zip(unsigned[0::2], unsigned[1::2], strict=True))
     spec = LayerSpec(weights=weights, group_size=group_size, unsigned=segments, rotate=rotate)
-    tensors = SVDQuantTensors(
-        spec, x.shape[-1], qweight, wscales, wcscales, smooth_factor, proj_down, proj_up, bias
-    )
+    tensors = SVDQuantTensors(spec, x.shape[-1], qweight, wscales, wcscales, smooth_factor, proj_down, proj_up, bias)
     rows = x.reshape(-1, x.shape[-1])
     backend = device_path(x.device).backend
     y = reference.svdquant_linear(rows, tensors, activations, compute_dtype(x, backend))
@@ -120,6 +120,24 @@ def _linear(
 @_linear.register_fake
 def _(x: Tensor, qweight: Tensor, *_args: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, qweight, wscales, wcscales, smooth_factor, proj_down, proj_up = inputs[:7]
+    weights, group_size, _, rotate = inputs[8:12]
+    ctx.save_for_backward(qweight, wscales, wcscales, smooth_factor, proj_down, proj_up)
+    ctx.in_features = x.shape[-1]
+    ctx.spec = LayerSpec(weights=weights, group_size=group_size, rotate=rotate)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Straight through the rounding of the activations: the gradient of the dense linear, to x only."""
+    tensors = SVDQuantTensors(ctx.spec, ctx.in_features, *ctx.saved_tensors)
+    weight, _ = tensors.dense()
+    return (grad.float() @ weight).to(grad.dtype), *([None] * 12)
+
+
+_linear.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def w4a16_linear(x: Tensor, qweight: Tensor, wscales: Tensor, bias: Tensor | None, weights: str = "int4") -> Tensor:
@@ -138,3 +156,18 @@ def _w4a16_linear(x: Tensor, qweight: Tensor, wscales: Tensor, bias: Tensor | No
 @_w4a16_linear.register_fake
 def _(x: Tensor, qweight: Tensor, *_args: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
+
+
+def _save_w4a16(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, qweight, wscales, _bias, weights = inputs
+    ctx.save_for_backward(qweight, wscales)
+    ctx.in_features, ctx.weights = x.shape[-1], weights
+
+
+def _backward_w4a16(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    qweight, wscales = ctx.saved_tensors
+    weight = dequantize_weight(qweight, wscales, None, ctx.weights, torch.float32)[:, : ctx.in_features]
+    return (grad.float() @ weight).to(grad.dtype), None, None, None, None
+
+
+_w4a16_linear.register_autograd(_backward_w4a16, setup_context=_save_w4a16)

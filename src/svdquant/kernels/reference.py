@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from ..config import LayerSpec
-from ..numerics import GELU_SHIFT, SVDQuantTensors, dequantize_weight, fp8, int4, int8, nvfp4, pad_columns, padded_columns
+from ..numerics import (
+    GELU_SHIFT,
+    SVDQuantTensors,
+    dequantize_weight,
+    fp8,
+    int4,
+    int8,
+    nvfp4,
+    pad_columns,
+    padded_columns,
+)
 from ..numerics.hadamard import rotate
 from .rows import linear_rows
 
@@ -87,8 +97,9 @@ def svdquant_linear(x: Tensor, tensors: SVDQuantTensors, activations: str, compu
     return y.to(x.dtype)
 
 
-def w4a16_linear(x: Tensor, qweight: Tensor, wscales: Tensor, weights: str, bias: Tensor | None,
-                 compute_dtype: torch.dtype) -> Tensor:
+def w4a16_linear(
+    x: Tensor, qweight: Tensor, wscales: Tensor, weights: str, bias: Tensor | None, compute_dtype: torch.dtype
+) -> Tensor:
     """y = x·Ŵᵀ + b for x [M, K]; weights only are quantized. Returns [M, N] in x's type."""
     weight = dequantize_weight(qweight, wscales, None, weights, compute_dtype)[:, : x.shape[1]]
     y = linear_rows(x.to(compute_dtype), weight)

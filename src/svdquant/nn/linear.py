@@ -172,7 +172,7 @@ class W4A16Linear(SVDQuantLinear):
 
 
 class SVDQuantConv2d(QuantizedMixin, nn.Conv2d):
-    """A 1×1 convolution as the linear that it is: one product per pixel. x [B, C, H, W]."""
+    """A 1×1 convolution as the linear that it is: one product per pixel. x [B, C, H, W] or [C, H, W]."""
 
     def __init__(self, tensors: SVDQuantTensors) -> None:
         nn.Module.__init__(self)
@@ -199,8 +199,8 @@ class SVDQuantConv2d(QuantizedMixin, nn.Conv2d):
         return conv
 
     def forward(self, x: Tensor) -> Tensor:
-        y = svdquant_linear(x.movedim(1, -1), self.tensors(), self.activations)
-        return y.movedim(-1, 1)
+        y = svdquant_linear(x.movedim(-3, -1), self.tensors(), self.activations)
+        return y.movedim(-1, -3)
 
 
 QUANTIZED = (SVDQuantLinear, SVDQuantConv2d)
@@ -261,18 +261,19 @@ def set_activations(model: Any, activations: str | dict[str, str]) -> Any:
     if not layers:
         raise SVDQuantError(f"{type(model).__name__} has no quantized layers; quantize or load a quantized model first")
     wanted = {"*": activations} if isinstance(activations, str) else activations
+    changes: list[tuple[Any, str]] = []
     for pattern, precision in wanted.items():
         if precision not in ACTIVATIONS:
             raise SVDQuantError(f"activations={precision!r} is not one of {', '.join(ACTIVATIONS)}")
         hit = [layer for name, layer in layers if matches(pattern, name)]
         if not hit:
             raise SVDQuantError(f"pattern {pattern!r} matches no quantized layer, e.g. {layers[0][0]}")
-        for layer in hit:
-            layer.activations = precision  # type: ignore[assignment]
+        changes += [(layer, precision) for layer in hit]
+    for layer, precision in changes:
+        layer.activations = precision
     return model
 
 
 def _components(pipeline: Any) -> list[nn.Module]:
     components = getattr(pipeline, "components", {})
     return [c for c in components.values() if isinstance(c, nn.Module)]
-

@@ -65,13 +65,18 @@ def fake_quantize_activation(h: Tensor, group_size: int, unsigned: Tensor | None
     g = grouped(h, h.shape[-1] // group_size)
     amax = g.abs().amax(-1, keepdim=True)
     if unsigned is None:
-        scale = nonzero((amax / 7).to(scale_dtype)).float()
+        scale = _scale(amax / 7, scale_dtype)
         return (g / scale).round_().clamp_(-7, 7).mul_(scale).flatten(-2)
     high = torch.where(unsigned, 15.0, 7.0)[:, None]
     low = torch.where(unsigned, 0.0, -7.0)[:, None]
-    scale = nonzero((amax / high).to(scale_dtype)).float()
+    scale = _scale(amax / high, scale_dtype)
     codes = (g / scale).round_()
     return torch.minimum(torch.maximum(codes, low), high).mul_(scale).flatten(-2)
+
+
+def _scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """As stored in `dtype`, saturating: float16 ends at 65504, and an infinite scale would turn zeros into NaN."""
+    return nonzero(scale.clamp(max=torch.finfo(dtype).max).to(dtype)).float()
 
 
 FORMAT = WeightFormat("int4", 4, scales, round_values, pack, unpack)

@@ -131,7 +131,7 @@ def _hook(reservoir: _Reservoir) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         if isinstance(module, nn.Conv2d):
-            x = x.movedim(1, -1)
+            x = x.movedim(-3, -1)
         reservoir.add(x.detach().reshape(-1, x.shape[-1]))
 
     return hook

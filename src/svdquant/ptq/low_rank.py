@@ -1,4 +1,4 @@
-"""The low-rank branch: truncated SVD by randomised subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4)."""
+"""The low-rank branch: truncated SVD by randomised subspace iteration (Halko, Martinsson, Tropp 2011, alg. 4.4)."""
 
 from __future__ import annotations
 
@@ -53,6 +53,8 @@ def _orthonormal(matrix: Tensor) -> Tensor:
         factor, info = torch.linalg.cholesky_ex(gram)
         if int(info) != 0 or float(factor.diagonal().min()) < 1e-6 * float(factor.diagonal().max()):
             return torch.linalg.qr(matrix).Q
-        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=factor.dtype, device=factor.device), upper=False)
+        inverse = torch.linalg.solve_triangular(
+            factor, torch.eye(len(factor), dtype=factor.dtype, device=factor.device), upper=False
+        )
         matrix = matrix @ inverse.T.to(matrix.dtype)
     return matrix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,14 +11,14 @@ from torch import nn
 
 from ..config import LayerSpec, SVDQuantConfig, matches
 from ..errors import SVDQuantError
-from ..families import GENERIC, Family, family_of
+from ..families import Family, family_of
 from ..nn import is_pointwise_conv
 from ..numerics import FORMATS, groups_of, padded_columns
 from .trace import LayerTrace, Run, trace_forward
 
 # Below this a layer saves too little to be worth an error.
 _SMALLEST = 64 * 64
-_MODULATION = re.compile(r"(^|\.)(norm\w*|(\w+_)?mod(ulation\w*)?|adaln\w*)(\.|$)", re.IGNORECASE)
+_MODULATION = re.compile(r"(^|\.)(norm\d*(_\w+)?|(\w+_)?mod(ulation\w*)?|adaln\w*|time_emb_proj)(\.|$)", re.IGNORECASE)
 _QKV = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"), ("q", "k", "v"), ("wi_0", "wi_1"))
 
 
@@ -140,7 +141,7 @@ def _has_linear(module: nn.Module) -> bool:
 
 
 def block_of(name: str, blocks: list[str]) -> str:
-    return next((block for block in blocks if name.startswith(block + ".")), "")
+    return next((block for block in blocks if f"{name}.".startswith(block + ".")), "")
 
 
 def make_plan(model: nn.Module, config: SVDQuantConfig, run: Run | None = None) -> Plan:
@@ -165,14 +166,18 @@ def make_plan(model: nn.Module, config: SVDQuantConfig, run: Run | None = None) 
 
     tokens_seen = any(trace.dims > 2 for trace in traces.values())
     readers = _blocks_reading(traces, where)
+    # diffusers' list; that of transformers only protects float16 from overflow, which the float32 sum here does too.
+    fp32 = () if hasattr(model, "config_class") else tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     linear_bytes = 0
     for name, module in linears.items():
         trace = traces.get(name)
-        layer = _plan_layer(name, module, config, family, bool(blocks), where[name], trace, tokens_seen, readers)
+        layer = _plan_layer(name, module, config, family, bool(blocks), where[name], trace, tokens_seen, readers, fp32)
         plan.layers[name] = layer
         linear_bytes += layer.bytes_before
     plan.other_bytes = max(sum(p.numel() * p.element_size() for p in model.parameters()) - linear_bytes, 0)
-    _assign_groups(plan, traces)
+    _assign_groups(plan, traces, config)
+    if "" in linears:
+        raise SVDQuantError("the model is a single linear; wrap it in a module, so that it can be replaced")
     if not plan.groups:
         raise SVDQuantError(f"{plan.model_class} has no linear left to quantize; loosen skip, overrides or the family")
     return plan
@@ -181,7 +186,9 @@ def make_plan(model: nn.Module, config: SVDQuantConfig, run: Run | None = None) 
 def _check_patterns(config: SVDQuantConfig, names: list[str]) -> None:
     for pattern in (*config.skip, *config.overrides):
         if not any(matches(pattern, name) for name in names):
-            raise SVDQuantError(f"pattern {pattern!r} matches no linear of the model, e.g. {names[:1]}")
+            raise SVDQuantError(
+                f"pattern {pattern!r} matches no linear of the model; one is {names[0] if names else None}"
+            )
 
 
 def _blocks_reading(traces: dict[str, LayerTrace], where: dict[str, str]) -> dict[int, set[str]]:
@@ -201,11 +208,21 @@ def _plan_layer(
     trace: LayerTrace | None,
     tokens_seen: bool,
     readers: dict[int, set[str]],
+    fp32: tuple[str, ...],
 ) -> LayerPlan:
     k, n = linear_shape(module)
     weight: Any = module.weight
     layer = LayerPlan(
-        name, "keep", k, n, module.bias is not None, weight.element_size(), block, name, "", isinstance(module, nn.Conv2d)
+        name,
+        "keep",
+        k,
+        n,
+        module.bias is not None,
+        weight.element_size(),
+        block,
+        name,
+        "",
+        isinstance(module, nn.Conv2d),
     )
     mine = config.for_layer(name)
     if mine is None:
@@ -214,6 +231,8 @@ def _plan_layer(
         return replace(layer, reason="embedding, final norm or projection")
     if any(matches(pattern, name) for pattern in family.keep):
         return replace(layer, reason=f"{family.name} keeps it")
+    if any(part in name.split(".") for part in fp32):
+        return replace(layer, reason="the model keeps it in float32")
     if k * n < _SMALLEST:
         return replace(layer, reason="too small")
     if _is_modulation(name, family, trace, tokens_seen):
@@ -253,7 +272,9 @@ def _layer_spec(
         segments = ((0, in_features),)
     unsigned: tuple[tuple[int, int], ...] = ()
     if trace is not None and config.weights == "int4":
-        unsigned = tuple((a, b) for a, b in trace.gelu if a % 64 == 0 and (b % 64 == 0 or b == in_features))
+        # No group may hold signed and unsigned columns.
+        step = math.lcm(group, 64)
+        unsigned = tuple((a, b) for a, b in trace.gelu if a % step == 0 and (b % step == 0 or b == in_features))
     # Rotated channels mix all signs: the two exclude each other, and after a GELU unsigned codes are worth more.
     rotate = config.use_rotation and not unsigned
     spec = LayerSpec(
@@ -262,19 +283,22 @@ def _layer_spec(
     return spec, segments
 
 
-def _assign_groups(plan: Plan, traces: dict[str, LayerTrace]) -> None:
-    """Layers of one block that read the same tensor, and agree on how they are stored, form a group."""
+def _assign_groups(plan: Plan, traces: dict[str, LayerTrace], config: SVDQuantConfig) -> None:
+    """Layers of one block that read the same tensor, and agree on how they are solved and stored, form a group."""
     first: dict[Any, str] = {}
     for name, layer in plan.layers.items():
         if layer.kind != "svdquant":
             continue
-        key: Any = (layer.block, name)
+        mine = config.for_layer(name)
+        assert mine is not None
+        solved_like = (layer.block, layer.spec, mine.to_json_string())
+        key: Any = (*solved_like, name)
         if name in traces:
-            key = (layer.block, traces[name].source, layer.spec)
+            key = (*solved_like, traces[name].source)
         else:
             parent, _, leaf = name.rpartition(".")
             siblings = next((q for q in _QKV if leaf in q), None)
             # Cross attention takes queries and keys from different tensors; without a trace only self-attention counts.
             if siblings and "attn2" not in parent and "cross" not in parent.lower():
-                key = (layer.block, parent, siblings, layer.spec)
+                key = (*solved_like, parent, siblings)
         plan.layers[name] = replace(layer, group=first.setdefault(key, name))

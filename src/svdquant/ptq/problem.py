@@ -49,7 +49,7 @@ class Problem:
         return h
 
     def round_to_nearest(self, residual: Tensor) -> Tensor:
-        """The residual [n, Kp] of some rows, quantized and dequantized. Outer scales of nvfp4 are left to the caller."""
+        """The residual [n, Kp] of some rows, quantized and dequantized; for nvfp4 they must be a whole member's."""
         values, wscales, wcscales = quantize_weight(residual, self.spec.weights, self.spec.group_size, self.dtype)
         scales = effective_scales(wscales, wcscales)
         return (grouped(values, scales.shape[1]) * scales[..., None]).flatten(-2)
@@ -65,7 +65,13 @@ class Problem:
         return out
 
     def score(
-        self, target: Tensor, quantized: Tensor, exact: Tensor, weight: Tensor, up: Tensor, down: Tensor,
+        self,
+        target: Tensor,
+        quantized: Tensor,
+        exact: Tensor,
+        weight: Tensor,
+        up: Tensor,
+        down: Tensor,
         keep: Tensor | None = None,
     ) -> float:
         """Σ ‖Q(x/s)·Q(R)ᵀ + (x/s)·Lᵀ − x·Wᵀ‖², with R = W·s − L rounded to nearest.

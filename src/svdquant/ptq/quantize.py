@@ -63,7 +63,10 @@ def quantize(
         if name not in kept:
             specs[name] = layer.spec
             original = model.get_submodule(name)
-            replace_module(model, name, make_layer(original, layer.tensors))
+            new = make_layer(original, layer.tensors)
+            for alias, module in list(model.named_modules(remove_duplicate=False)):
+                if module is original:
+                    replace_module(model, alias, new)
     del solved
     gc.collect()
     report.seconds = time.perf_counter() - began
@@ -103,4 +106,3 @@ def _attach(model: nn.Module, config: SVDQuantConfig) -> None:
     from ..integrations import attach
 
     attach(model, config)
-

@@ -80,7 +80,8 @@ class Report:
     def table(self) -> str:
         """Plain text, one line per layer, worst layers named below."""
         width = max([len(layer.name) for layer in self.layers] + [5])
-        lines = [f"{'layer':{width}}  {'kind':8} {'weights':7} {'acts':5} {'error':>7} {'α':>5} {'β':>5} {'round':>5} {'s':>6}"]
+        header = f"{'kind':8} {'weights':7} {'acts':5} {'error':>7} {'α':>5} {'β':>5} {'round':>5} {'s':>6}"
+        lines = [f"{'layer':{width}}  {header}"]
         for layer in self.layers:
             lines.append(
                 f"{layer.name:{width}}  {layer.kind:8} {layer.weights:7} {layer.activations:5} {layer.error:7.4f} "

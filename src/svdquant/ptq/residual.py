@@ -26,7 +26,7 @@ class HessianFactor:
         diagonal[dead] = 1
         self.order = torch.argsort(diagonal, descending=True, stable=True)
         h = h[self.order][:, self.order]
-        mean, damping = float(diagonal.mean()), DAMPING
+        mean, damping = (1.0 if bool(dead.all()) else float(diagonal[~dead].mean())), DAMPING
         for _ in range(RETRIES):
             damped = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (damping * mean)
             lower, info = torch.linalg.cholesky_ex(damped)
@@ -40,7 +40,9 @@ class HessianFactor:
         self.factor = torch.linalg.cholesky(inverse, upper=True).float()
 
 
-def gptq_values(weight: Tensor, wscales: Tensor, wcscales: Tensor | None, weights: str, hessian: HessianFactor) -> Tensor:
+def gptq_values(
+    weight: Tensor, wscales: Tensor, wcscales: Tensor | None, weights: str, hessian: HessianFactor
+) -> Tensor:
     """GPTQ with static group scales. weight float32 [N, K]; returns the values float32 [N, K] in stored coordinates.
 
     Every column is rounded in turn and its error is spread over the columns not yet visited.

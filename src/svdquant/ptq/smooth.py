@@ -17,7 +17,7 @@ from .problem import Problem
 
 # Rows × N × K of one evaluation; enough rows for the ranking, few enough to try dozens of candidates.
 _WORK = 1e10
-_FEWEST_ROWS = 256
+_FEWEST_ROWS, _MOST_ROWS = 256, 1024
 
 
 @dataclass
@@ -52,7 +52,8 @@ def evaluation_rows(problem: Problem, generator: torch.Generator) -> Tensor:
     """The rows of the inputs that candidates are scored on."""
     inputs = problem.inputs
     assert inputs is not None
-    rows = max(_FEWEST_ROWS, int(_WORK / (problem.weight.shape[0] * problem.columns)))
+    rows = int(_WORK / (problem.weight.shape[0] * problem.columns))
+    rows = min(max(rows, _FEWEST_ROWS), _MOST_ROWS)
     if rows >= inputs.shape[0]:
         return inputs
     return inputs[torch.randperm(inputs.shape[0], generator=generator)[:rows].to(inputs.device)]
@@ -120,7 +121,9 @@ def _columns(problem: Problem, start: int, stop: int) -> Problem:
     width = stop - start
     if width == problem.weight.shape[1]:
         return problem
-    inside = tuple((max(a, start) - start, min(b, stop) - start) for a, b in problem.spec.unsigned if a < stop and b > start)
+    inside = tuple(
+        (max(a, start) - start, min(b, stop) - start) for a, b in problem.spec.unsigned if a < stop and b > start
+    )
     spec = replace(problem.spec, unsigned=inside, rank=min(problem.spec.rank, width))
     return replace(
         problem,

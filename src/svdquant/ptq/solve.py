@@ -1,4 +1,4 @@
-"""One group from 16-bit weights and inputs to `SVDQuantTensors`: smooth, branch, residual. Depends on no other group."""
+"""One group from 16-bit weights and inputs to `SVDQuantTensors`; it depends on no other group."""
 
 from __future__ import annotations
 

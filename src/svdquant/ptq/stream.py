@@ -54,7 +54,9 @@ class SolvedGroups:
 
     def save(self, number: int, solved: dict[str, SolvedLayer]) -> None:
         tensors = {
-            f"{name}.{key}": value.contiguous() for name, s in solved.items() for key, value in s.tensors.named().items()
+            f"{name}.{key}": value.contiguous()
+            for name, s in solved.items()
+            for key, value in s.tensors.named().items()
         }
         layers = {name: {"spec": asdict(s.spec), "report": asdict(s.report)} for name, s in solved.items()}
         metadata = {"format": "pt", "layers": json.dumps(layers)}

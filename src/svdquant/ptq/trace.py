@@ -49,7 +49,11 @@ class _Provenance(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if name == "gelu" and isinstance(out, Tensor):
+        if name.endswith("_") and not name.endswith("__") and isinstance(out, Tensor):
+            # Changed in place: no longer a GELU's output, nor only a concatenation.
+            self.gelu.discard(storage_key(out))
+            self.parts.pop(storage_key(out), None)
+        elif name == "gelu" and isinstance(out, Tensor):
             self.keep(out)
             self.gelu.add(storage_key(out))
         elif name in ("cat", "concat", "concatenate") and isinstance(out, Tensor):
@@ -117,9 +121,7 @@ def trace_forward(model: nn.Module, blocks: dict[str, str], run: Run) -> dict[st
     def stop(*_: Any) -> None:
         raise _FirstForwardDone
 
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in blocks
-    ]
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in blocks]
     handles.append(model.register_forward_hook(stop))
     try:
         with torch.no_grad(), provenance:
