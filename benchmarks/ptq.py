@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
+import svdquant
 from svdquant import LayerSpec, SVDQuantConfig
+from svdquant.integrations.pipeline import draw, embedded_model, generation_defaults, load_pipeline
 from svdquant.ptq.low_rank import dense_svd, truncated_svd
 from svdquant.ptq.plan import GroupPlan, LayerPlan
 from svdquant.ptq.problem import Problem
@@ -84,6 +86,15 @@ def one_svd(k: int, n: int) -> dict[str, float]:
     return {"truncated_s": truncated, "dense_s": dense, "speedup": dense / truncated}
 
 
+def embedded(prompts: int) -> dict[str, float]:
+    """The whole embedded model, calibrated: drawing the prompts included."""
+    pipe = load_pipeline(embedded_model())
+    texts = generation_defaults(embedded_model())["calibration"][:prompts]
+    began = time.perf_counter()
+    report = svdquant.quantize(pipe.transformer, SVDQuantConfig(), lambda _: draw(pipe, texts, [0]))
+    return {"prompts": prompts, "seconds": time.perf_counter() - began, "mean_error": report.mean_error()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
@@ -106,7 +117,9 @@ def main() -> None:
         seconds, error = solve(weight, x, config)
         result[name] = {"seconds": seconds, "error": error}
         print(f"{name:56} {seconds:7.2f} s   error {error:.4f}", flush=True)
-    small = (128, 256, 256, 4) if args.quick else (768, 3072, 4096, 20)
+    result["embedded model, calibrated"] = whole = embedded(2 if args.quick else 16)
+    print(f"embedded model, calibrated on {whole['prompts']} prompts, defaults: {whole['seconds']:.1f} s", flush=True)
+    small = (128, 256, 256, 4) if args.quick else (1024, 4096, 4096, 20)
     result["search K={} N={}".format(*small)] = both = search_both(*small)
     print(
         f"smoothing search K={small[0]} N={small[1]}: truncated {both['truncated_s']:.2f} s, dense "

@@ -15,13 +15,13 @@ from .errors import SVDQuantError
 
 if TYPE_CHECKING:
     from .checkpoint import load_model, save_model
+    from .integrations import quantize
     from .nn import SVDQuantLinear, W4A16Linear, set_activations
-    from .ptq import quantize
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "quantize": "ptq",
+    "quantize": "integrations",
     "load_model": "checkpoint",
     "save_model": "checkpoint",
     "set_activations": "nn",

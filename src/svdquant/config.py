@@ -65,7 +65,7 @@ class SVDQuantConfig:
     refine: rounds alternating branch and quantized residual (paper, section 4.2); the best is kept.
     gptq: quantize the residual with GPTQ where calibration inputs exist, else round to nearest.
     rotate: block-Hadamard of 128 channels on x/s and W·s; None = on for 4-bit activations with int4 weights.
-    modulation: "int4" stores AdaLN linears as W4A16, "none" keeps them in 16 bits.
+    modulation: "int4" stores AdaLN linears as W4A16 (as W8A16 beside int8 weights), "none" keeps them in 16 bits.
     skip: patterns of modules that stay in 16 bits; overrides: pattern → dict of fields of this class, or None to skip.
     keep_16bit_above: layers whose relative output error exceeds it stay in 16 bits.
     int8_activations_above: layers whose error exceeds it are solved again for 8-bit activations.
@@ -96,7 +96,7 @@ class SVDQuantConfig:
 
     def __post_init__(self) -> None:
         self.quant_method = QuantizationMethod.SVDQUANT
-        self.skip = [self.skip] if isinstance(self.skip, str) else list(self.skip)
+        self.skip = [self.skip] if isinstance(self.skip, str) else list(self.skip or ())
         self.validate()
 
     def validate(self) -> None:
@@ -112,6 +112,17 @@ class SVDQuantConfig:
             raise SVDQuantError(f"activations={self.activations!r} is not one of {', '.join(ACTIVATIONS)}")
         if self.modulation not in ("int4", "none"):
             raise SVDQuantError(f"modulation={self.modulation!r} is not one of int4, none")
+        for name in ("rank", "refine", "calibration_rows", "seed"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
+                raise SVDQuantError(f"{name}={getattr(self, name)!r} is no whole number")
+        if not isinstance(self.gptq, bool) or self.rotate not in (None, True, False):
+            raise SVDQuantError("gptq and rotate are True or False")
+        if not isinstance(self.smooth, int) or self.smooth < 0:
+            raise SVDQuantError(f"smooth={self.smooth!r} is neither True, False nor a number of grid steps")
+        for name in ("keep_16bit_above", "int8_activations_above", "max_error"):
+            limit = getattr(self, name)
+            if limit is not None and not limit > 0:
+                raise SVDQuantError(f"{name}={limit!r} must be a relative error above 0")
         if not 0 <= self.rank <= MAX_RANK:
             raise SVDQuantError(f"rank={self.rank} is outside 0-{MAX_RANK}")
         if self.refine < 0:
@@ -127,6 +138,11 @@ class SVDQuantConfig:
             unknown = set(override or ()) - {f.name for f in fields(self)}
             if unknown:
                 raise SVDQuantError(f"override {pattern!r} has unknown fields: {', '.join(sorted(unknown))}")
+            whole = set(override or ()) & {"max_error", "calibration_rows", "seed", "skip", "overrides", "layers"}
+            if whole:
+                raise SVDQuantError(f"override {pattern!r}: {', '.join(sorted(whole))} holds for the whole model only")
+            if override:
+                replace(self, overrides={}, **override)
 
     @property
     def weight_group_size(self) -> int:
@@ -138,6 +154,11 @@ class SVDQuantConfig:
         if self.activations != "auto":
             return self.activations
         return {"int4": "int4", "nvfp4": "nvfp4", "int8": "int8"}[self.weights]
+
+    @property
+    def modulation_weights(self) -> str:
+        """Stored format of AdaLN linears, or "none"."""
+        return "int8" if self.modulation == "int4" and self.weights == "int8" else self.modulation
 
     @property
     def use_rotation(self) -> bool:

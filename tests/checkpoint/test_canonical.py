@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
+from typing import Any
 
 import independent
 import numpy as np
@@ -230,3 +232,36 @@ def test_an_independent_reader_agrees(tmp_path, options):
     expected = tiny.run(rebuilt)
     actual = tiny.run(loaded).double()
     assert float((actual - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_saving_leaves_what_is_not_the_models_alone(tmp_path: Path) -> None:
+    """A folder may hold an adapter; only the weights of an earlier save are replaced."""
+    model = tiny.transformer()
+    svdquant.quantize(model, tiny.config())
+    svdquant.save_model(model, tmp_path)
+    for name in ("my_lora.safetensors", "diffusion_pytorch_model-00001-of-00002.safetensors"):
+        (tmp_path / name).write_bytes(b"x")
+    svdquant.save_model(model, tmp_path)
+    assert (tmp_path / "my_lora.safetensors").exists()
+    assert not (tmp_path / "diffusion_pytorch_model-00001-of-00002.safetensors").exists()
+    assert svdquant.load_model(tmp_path) is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "w4a16", "weights": "nvfp4", "group_size": 16}, "w4a16"),
+        ({"rotate": True, "unsigned": [[0, 64]]}, "exclude each other"),
+    ],
+)
+def test_a_layer_that_no_version_has_is_refused(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    model = tiny.transformer()
+    svdquant.quantize(model, tiny.config())
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    layers = config["quantization_config"]["layers"]
+    layers[next(iter(layers))] |= fields
+    file.write_text(json.dumps(config))
+    with pytest.raises(SVDQuantError, match=message):
+        svdquant.load_model(tmp_path)

@@ -121,7 +121,7 @@ def test_rank_above_the_layer(command: Callable, source: Path, tmp_path: Path) -
 def test_calibration_that_reaches_no_layer(
     command: Callable, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("svdquant.integrations.quantize.draw", lambda *_: [])
+    monkeypatch.setattr("svdquant.integrations.on_disk.draw", lambda *_: [])
     sentence = quantize(command, source, tmp_path / "out", "--prompt", "a cat", *SMALL)
     assert "calibration never reached transformer_blocks.0" in sentence
 
@@ -207,6 +207,7 @@ def test_flags_of_plan(command: Callable, source: Path, arguments: list[str], me
         (["--max-memory", "lots"], "'lots' is no size"),
         (["--device", "abacus"], "device 'abacus' cannot be used"),
         (["--samples", "0"], "--samples"),
+        (["--data-free", "--int8-activations-above", "0.1"], "--int8-activations-above needs calibration"),
     ],
 )
 def test_flags_of_quantize(command: Callable, source: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -225,6 +226,22 @@ def test_flags_of_generate(command: Callable, source: Path, quantized: Path, tmp
     assert str(below.parent) in command("generate", quantized, "a cat", "-o", below, *SMALL).refusal()
 
 
+def test_the_other_model_is_looked_for_before_drawing(
+    command: Callable, quantized: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("svdquant.integrations.pipeline.draw", lambda *_: pytest.fail("drawn"))
+    sentence = generate(command, quantized, tmp_path / "cat.png", "--compare", tmp_path / "nope")
+    assert "nope: does not exist" in sentence
+    assert "--base" in generate(command, quantized, tmp_path / "cat.png", "--compare", source / "transformer")
+
+
+def test_a_single_file_cannot_be_planned(command: Callable, source: Path, tmp_path: Path) -> None:
+    sentence = command("plan", source / WEIGHTS).refusal()
+    assert "lacks its configuration; give its pipeline folder" in sentence
+    (tmp_path / "notes.txt").write_text("")
+    assert "is not a model" in command("plan", tmp_path / "notes.txt").refusal()
+
+
 def test_no_prompt_in_the_file(command: Callable, source: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
@@ -239,6 +256,13 @@ def test_quantizing_twice(command: Callable, quantized: Path, tmp_path: Path) ->
 def test_demo_into_a_file(command: Callable, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "is a file" in command("demo", "-o", tmp_path / "file").refusal()
+
+
+def test_demo_next_to_folders_of_someone_else(command: Callable, tmp_path: Path) -> None:
+    (tmp_path / "w8").mkdir()
+    (tmp_path / "w8" / "thesis.txt").write_text("")
+    assert "w8: was not made by this demo" in command("demo", "-o", tmp_path).refusal()
+    assert [f.name for f in tmp_path.rglob("*")] == ["w8", "thesis.txt"]
 
 
 def test_unknown_verb(command: Callable) -> None:

@@ -66,7 +66,8 @@ def test_progress_without_a_terminal_is_silent_at_first(capsys: pytest.CaptureFi
         progress("solve", 1, 2, "layer")
         progress._spoke -= 60
         progress("solve", 2, 2, "layer")
-    assert capsys.readouterr().err == "solve: 2 of 2 layer\n"
+        progress("note", 0, 0, "half of it stays on disk")
+    assert capsys.readouterr().err == "solve: 2 of 2 layer\nhalf of it stays on disk\n"
 
 
 def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,5 +79,7 @@ def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr", terminal)
     with Stages({"solve": "solving"}) as progress:
         progress("solve", 1, 2, "transformer_blocks.0")
+        progress("note", 0, 0, "half of it stays on disk")
         progress._bars.refresh()
+    assert "half of it stays on disk\n" in terminal.getvalue()
     assert "solving" in terminal.getvalue() and "1/2" in terminal.getvalue()

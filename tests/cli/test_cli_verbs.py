@@ -7,16 +7,23 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from cli_tools import QUICK, SMALL
 from PIL import Image
 
 import svdquant
+from svdquant import LayerSpec, SVDQuantConfig
 from svdquant.cli import demo
+from svdquant.cli.estimate import group_work
 from svdquant.cli.prompts import CALIBRATION
 from svdquant.cli.quantize import calibration_prompts
 from svdquant.integrations import pipeline
+from svdquant.ptq import GroupPlan, LayerPlan
+from svdquant.ptq.smooth import evaluation_rows, grid
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -91,6 +98,47 @@ def test_generate_one_file(command: Callable, quantized: Path, tmp_path: Path) -
     assert (done.code, done.err) == (0, "")
     assert [f.name for f in (tmp_path / "new").iterdir()] == ["cat.png"]
     assert Image.open(tmp_path / "new" / "cat.png").size == (8, 8)
+
+
+def test_generate_without_output(
+    command: Callable, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command("generate", quantized, "a cat", *SMALL).code == 0
+    assert command("generate", quantized, "a cat", "--seed", 1, "--seed", 2, *SMALL).code == 0
+    assert sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*.png")) == [
+        "picture.png",
+        "pictures/a-cat-1.png",
+        "pictures/a-cat-2.png",
+    ]
+
+
+def test_generate_with_a_single_16_bit_file(command: Callable, source: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes((source / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes())
+    pictures = [tmp_path / "whole.png", tmp_path / "file.png"]
+    command("generate", source, "a cat", "-o", pictures[0], *SMALL)
+    done = command("generate", file, "a cat", "-o", pictures[1], *SMALL, "--base", source)
+    assert done.code == 0, done.err
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+
+
+@pytest.mark.parametrize("name", ["PixArtTransformer2DModel", "QwenImageTransformer2DModel"])
+def test_plan_of_classes_whose_defaults_cannot_run(command: Callable, name: str) -> None:
+    shown = command("plan", name, "--data-free")
+    assert shown.code == 0 and name in shown.out, shown.err
+
+
+@pytest.mark.parametrize(("n", "k"), [(256, 256), (3072, 3072), (18432, 3072)])
+def test_the_estimate_scores_as_many_rows_as_the_search(n: int, k: int) -> None:
+    config = SVDQuantConfig(smooth=4, gptq=False)
+    spec = LayerSpec("svdquant", "int4", 64, 0, "int4", (), False, True)
+    layer = LayerPlan("a", "svdquant", k, n, False, 2, "", "a", "", spec=spec)
+    rows = config.calibration_rows
+    problem: Any = SimpleNamespace(inputs=torch.empty(rows, k), weight=torch.empty(n, k, device="meta"), columns=k)
+    scored = len(evaluation_rows(problem, torch.Generator()))
+    quantized = group_work(GroupPlan("a", (layer,)), config)[1]
+    assert quantized == pytest.approx((len(grid(4)) * scored + rows) * k, rel=0.01)
 
 
 def test_generate_several_and_compare(command: Callable, quantized: Path, source: Path, tmp_path: Path) -> None:

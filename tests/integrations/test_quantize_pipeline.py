@@ -4,26 +4,41 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import DDIMScheduler, FluxTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 import svdquant
-from svdquant import SVDQuantConfig, SVDQuantError
-from svdquant.integrations.pipeline import PipelineOptions, draw, load_pipeline, resolve_model, skeleton
-from svdquant.integrations.quantize import quantize_pipeline
+from svdquant import SVDQuantConfig, SVDQuantError, families
+from svdquant.checkpoint.layout import open_checkpoint
+from svdquant.checkpoint.streaming import WeightReader
+from svdquant.integrations import on_disk
+from svdquant.integrations.on_disk import quantize_pipeline
+from svdquant.integrations.pipeline import (
+    PipelineOptions,
+    draw,
+    host_memory_for,
+    load_pipeline,
+    pick_device,
+    pipeline_bytes,
+    resolve_model,
+    skeleton,
+)
 from svdquant.nn import quantized_layers
 
 OPTIONS = PipelineOptions(num_inference_steps=2, height=16, width=16, max_sequence_length=32)
@@ -129,6 +144,33 @@ def test_killed_anywhere_and_continued_is_bit_identical(source: Path, tmp_path: 
     assert weights_of(out) == expected
 
 
+def test_killed_at_any_moment_and_continued_is_bit_identical(source: Path, tmp_path: Path) -> None:
+    """kill -9 from outside, whatever the run is doing."""
+    quantize_pipeline(source, tmp_path / "whole", config(), prompts=PROMPTS, options=OPTIONS)
+    out = tmp_path / "killed"
+    script = tmp_path / "run.py"
+    script.write_text(_KILLED.format(tests=str(Path(__file__).parent), source=str(source)))
+    paths = [str(Path(__file__).parents[1]), str(Path(svdquant.__file__).parents[1])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    delays = random.Random(time.time_ns())
+    for _ in range(2):
+        if out.exists():
+            break
+        run = subprocess.Popen([sys.executable, str(script), str(out), "0"], env=environment)
+        began = time.monotonic()
+        while not out.with_name("killed.partial").exists() and run.poll() is None and time.monotonic() < began + 120:
+            time.sleep(0.02)
+        delay = delays.uniform(0, 3)
+        print(f"killed after {delay:.3f} s")
+        time.sleep(delay)
+        run.kill()
+        run.wait()
+    if not out.exists():
+        quantize_pipeline(source, out, config(), prompts=PROMPTS, options=OPTIONS)
+    assert weights_of(out) == weights_of(tmp_path / "whole")
+    assert not out.with_name("killed.partial").exists()
+
+
 def test_other_settings_are_refused_until_restart(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
@@ -154,6 +196,99 @@ def test_existing_output_is_kept_unless_overwritten(source: Path, tmp_path: Path
     quantize_pipeline(source, out, config(rank=8), overwrite=True)
     assert weights_of(out) != before
     assert not list(tmp_path.glob("out.*"))
+
+
+def test_overwriting_touches_nothing_else(source: Path, tmp_path: Path) -> None:
+    """Not the neighbour that happens to be called `out.old`, no file, no folder without a model, not the source."""
+    out, neighbour = tmp_path / "out", tmp_path / "out.old"
+    neighbour.mkdir()
+    (neighbour / "thesis.txt").write_text("all of it")
+    for _ in range(2):
+        quantize_pipeline(source, out, config(), overwrite=True)
+    assert (neighbour / "thesis.txt").read_text() == "all of it"
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("kept")
+    own = Path(shutil.copytree(source, tmp_path / "own"))
+    before = sorted(tmp_path.rglob("*"))
+    for path, message in (
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "notes", "without a model"),
+        (own, "holds the"),
+    ):
+        with pytest.raises(SVDQuantError, match=message):
+            quantize_pipeline(own, path, config(), overwrite=True)
+    with pytest.raises(SVDQuantError, match="holds the model"):
+        quantize_pipeline(own / "transformer", own, config(), overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_partial_folder_of_someone_else_is_refused(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine.txt").write_text("")
+    for restart in (False, True):
+        with pytest.raises(SVDQuantError, match=r"out\.partial: is not svdquant's"):
+            quantize_pipeline(source, tmp_path / "out", config(), restart=restart)
+    assert (tmp_path / "out.partial" / "mine.txt").is_file()
+
+
+@pytest.mark.parametrize("name", [".", "../here/"])
+def test_relative_output(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    quantize_pipeline(source, name, config())
+    assert {f.name for f in tmp_path.iterdir()} == {"here"} and (here / "model_index.json").is_file()
+    with pytest.raises(SVDQuantError, match=f"{tmp_path}: exists already"):
+        quantize_pipeline(source, here / "..", config())
+
+
+def test_a_refused_run_leaves_no_folder(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(SVDQuantError, match="rank"):
+        quantize_pipeline(source, tmp_path / "a" / "b" / "out", config(rank=200))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_do_not_share_an_output(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    out = tmp_path / "out"
+    refused = []
+
+    def second(stage: str, *_: Any) -> None:
+        if stage == "solve" and not refused:
+            for restart in (False, True):
+                with pytest.raises(SVDQuantError, match=f"another svdquant is working on {out}; wait"):
+                    quantize_pipeline(source, out, config(), restart=restart)
+                refused.append(restart)
+
+    quantize_pipeline(source, out, config(), progress=second)
+    assert refused == [False, True] and weights_of(out)
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_disk_estimate_counts_everything(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies there at the end, before anything is removed, fits into the estimate."""
+    wanted, found, publish = [], [], on_disk._publish
+
+    def measured(*folders: Path) -> None:
+        found.append(sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file()))
+        publish(*folders)
+
+    monkeypatch.setattr(on_disk, "_check_disk", lambda _folder, needed: wanted.append(needed))
+    monkeypatch.setattr(on_disk, "_publish", measured)
+    options = replace(OPTIONS, height=64, width=64)
+    quantize_pipeline(source, tmp_path / "out", config(calibration_rows=64), prompts=PROMPTS, options=options)
+    assert len(wanted) == 1 and found[0] <= wanted[0] < 1.25 * found[0], (wanted, found)
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: shutil._ntuple_diskusage(1, 1, wanted[0] - 1))
+    with pytest.raises(SVDQuantError, match="GiB of disk"):
+        quantize_pipeline(source, tmp_path / "two", config(), prompts=PROMPTS, options=OPTIONS)
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_data_free_cannot_compare_output_errors(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(SVDQuantError, match="int8_activations_above needs"):
+        quantize_pipeline(source, tmp_path / "out", config(int8_activations_above=0.1))
 
 
 def test_max_error_writes_nothing_and_can_be_relaxed(source: Path, tmp_path: Path) -> None:
@@ -185,6 +320,76 @@ def test_calibration_with_little_host_memory_equals_the_plain_one(source: Path, 
     assert weights_of(tmp_path / "plain") == weights_of(tmp_path / "small")
 
 
+def test_too_little_host_memory_is_noticed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert host_memory_for(80, 100) is None
+    assert host_memory_for(90 << 20, 100 << 20) == "50MiB"
+    models = [c for c in load_pipeline(source).components.values() if isinstance(c, torch.nn.Module)]
+    loaded = sum(p.nbytes for model in models for p in model.parameters())
+    assert pipeline_bytes(source) == pytest.approx(loaded, rel=0.01)
+    quantize_pipeline(source, tmp_path / "plain", config(), prompts=PROMPTS, options=OPTIONS)
+    notes = []
+    monkeypatch.setattr(on_disk.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 << 20))
+    arguments = {"prompts": PROMPTS, "options": OPTIONS, "device": "cpu"}
+    quantize_pipeline(
+        source, tmp_path / "small", config(), **arguments,
+        progress=lambda stage, _done, _total, text: notes.append(text) if stage == "note" else None,
+    )  # fmt: skip
+    assert len(notes) == 1 and "1MiB of its denoiser" in notes[0]
+    assert weights_of(tmp_path / "plain") == weights_of(tmp_path / "small")
+
+
+def test_models_without_example_inputs_are_traced_once(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names alone do not show what follows a GELU; the pipeline does, once, also of a run that is continued."""
+    quantize_pipeline(source, tmp_path / "known", config(), prompts=PROMPTS, options=OPTIONS)
+    family = families.family_of(load_pipeline(source).transformer)
+    monkeypatch.setattr("svdquant.ptq.plan.family_of", lambda _model: replace(family, example_inputs=None))
+    traced = []
+    trace = on_disk.trace_model
+    monkeypatch.setattr(on_disk, "trace_model", lambda *a: traced.append(1) or trace(*a))
+
+    def stop(stage: str, *_: Any) -> None:
+        if stage == "solve":
+            raise KeyboardInterrupt
+
+    out = tmp_path / "unknown"
+    arguments = {"prompts": PROMPTS, "options": OPTIONS}
+    with pytest.raises(KeyboardInterrupt):
+        quantize_pipeline(source, out, config(), **arguments, progress=stop)
+    assert (out.with_name("unknown.partial") / "traces" / "transformer.json").is_file()
+    quantize_pipeline(source, out, config(), **arguments)
+    assert traced == [1]
+    assert weights_of(out) == weights_of(tmp_path / "known")
+
+
+def test_unet_without_example_inputs(tmp_path: Path) -> None:
+    """Planned by what its pipeline shows, as `svdquant.quantize` plans it by what calibration shows."""
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        norm_num_groups=8,
+    )
+    models = {"vae": tiny.vae(), "text_encoder": tiny.clip(), "tokenizer": tiny.clip_tokenizer(), "unet": unet}
+    pipe = StableDiffusionPipeline(
+        **models, scheduler=DDIMScheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipe.to(torch.bfloat16).save_pretrained(tmp_path / "sd")
+    options, settings = PipelineOptions(num_inference_steps=1, height=16, width=16), config(rank=8, calibration_rows=64)
+    quantize_pipeline(tmp_path / "sd", tmp_path / "out", settings, prompts=["a cat"], options=options)
+    pipe = load_pipeline(tmp_path / "sd")
+    svdquant.quantize(pipe.unet, settings, lambda _: draw(pipe, ["a cat"], [0], options))
+    in_memory, streamed = pipe.unet.state_dict(), load_pipeline(tmp_path / "out").unet.state_dict()
+    assert in_memory.keys() == streamed.keys()
+    assert all(torch.equal(streamed[name], value) for name, value in in_memory.items() if value.dtype.itemsize > 1)
+
+
 def test_single_file_of_a_fine_tune(source: Path, tmp_path: Path) -> None:
     state = load_file(source / "transformer" / "diffusion_pytorch_model.safetensors")
     file = tmp_path / "fine_tune.safetensors"
@@ -194,6 +399,55 @@ def test_single_file_of_a_fine_tune(source: Path, tmp_path: Path) -> None:
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "same")
     with pytest.raises(SVDQuantError, match="--base"):
         quantize_pipeline(file, tmp_path / "other", config())
+
+
+def test_single_file_resumes_only_with_the_same_file_and_options(source: Path, tmp_path: Path) -> None:
+    state = load_file(source / "transformer" / "diffusion_pytorch_model.safetensors")
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    save_file(state, files[0])
+    save_file(
+        {name: value * 2 if name.endswith("to_out.0.weight") else value for name, value in state.items()}, files[1]
+    )
+    for number, file in enumerate(files):
+        quantize_pipeline(file, tmp_path / f"whole{number}", config(), base=str(source))
+    assert weights_of(tmp_path / "whole0") != weights_of(tmp_path / "whole1")
+    out, base = tmp_path / "out", str(source)
+
+    def stopped(file: Path, solved: int, **fields: Any) -> None:
+        def progress(stage: str, done: int, *_: Any) -> None:
+            if stage == "solve" and done == solved:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            quantize_pipeline(file, out, config(**fields), base=base, progress=progress)
+
+    stopped(files[0], 2)
+    with pytest.raises(SVDQuantError, match="begun with other weights"):
+        quantize_pipeline(files[1], out, config(), base=base)
+    quantize_pipeline(files[0], out, config(), base=base)
+    assert weights_of(out) == weights_of(tmp_path / "whole0")
+    shutil.rmtree(out)
+    # Before a group is solved, the file and the options may change.
+    stopped(files[0], 1, gptq=False)
+    shutil.rmtree(tmp_path / "out.partial" / "solved")
+    quantize_pipeline(files[1], out, config(), base=base)
+    assert weights_of(out) == weights_of(tmp_path / "whole1")
+
+
+def test_single_file_around_its_pipeline(source: Path, tmp_path: Path) -> None:
+    """Drawing with a 16-bit file, or the folder of a 16-bit model, and `base`."""
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(source / "transformer" / "diffusion_pytorch_model.safetensors"), file)
+    pictures = [
+        np.asarray(draw(pipe, ["a cat"], [0], OPTIONS)[0])
+        for pipe in (
+            load_pipeline(source),
+            *(load_pipeline(m, base=str(source)) for m in (file, source / "transformer")),
+        )
+    ]
+    assert (pictures[0] == pictures[1]).all() and (pictures[0] == pictures[2]).all()
+    with pytest.raises(SVDQuantError, match=r"single file lacks its configuration; give its pipeline folder"):
+        skeleton(file)
 
 
 def test_nan_and_wrong_shape_name_the_layer(source: Path, tmp_path: Path) -> None:
@@ -275,3 +529,51 @@ def test_skeletons_cost_no_memory_and_read_no_weights(source: Path) -> None:
 def test_resolve_model_refuses(name: str, message: str) -> None:
     with pytest.raises(SVDQuantError, match=message):
         resolve_model(name)
+
+
+def test_weights_read_are_not_mapped(source: Path) -> None:
+    """A mapped tensor keeps the file open and changes with it, also where it has the wanted type already."""
+    checkpoint = open_checkpoint(source)
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        pytest.skip("no /proc/self/maps")
+    for dtype in (None, torch.bfloat16, torch.float32):
+        value = WeightReader(checkpoint, dtype).get("proj_out.weight")
+        spans = [
+            line.split()[0].split("-") for line in maps.read_text().splitlines() if str(checkpoint.files[0]) in line
+        ]
+        assert not any(int(start, 16) <= value.data_ptr() < int(stop, 16) for start, stop in spans)
+
+
+@pytest.mark.parametrize("pipeline", [True, False])
+def test_of_a_hub_pipeline_only_what_diffusers_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipeline: bool
+) -> None:
+    import diffusers
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    def index(repo: str, name: str) -> str:
+        if not pipeline:
+            raise EntryNotFoundError.__new__(EntryNotFoundError)
+        return name
+
+    calls: list[Any] = []
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", index)
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda repo, allow_patterns: calls.append(allow_patterns) or str(tmp_path)
+    )
+    monkeypatch.setattr(
+        diffusers.DiffusionPipeline, "download", lambda repo, **options: calls.append(options) or str(tmp_path)
+    )
+    assert resolve_model("someone/something") == tmp_path
+    if pipeline:
+        assert calls == [{"use_safetensors": True}, ["prompts.json", "LICENSE*"]]
+    else:
+        assert len(calls) == 1 and "*.safetensors" in calls[0]
+
+
+def test_an_accelerator_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    assert pick_device().type == "xpu"

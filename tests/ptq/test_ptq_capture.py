@@ -1,14 +1,21 @@
 """Calibration inputs: a bounded, uniform, reproducible sample on disk."""
 
+import errno
+import os
 import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import svdquant
 from svdquant import SVDQuantError
 from svdquant.ptq import GroupPlan, LayerPlan
-from svdquant.ptq.capture import CalibrationStore, capture
+from svdquant.ptq.capture import CalibrationStore, _Reservoir, capture
 
 
 def groups(*names, k=2):
@@ -179,3 +186,47 @@ def test_memory_and_disk_do_not_grow_with_the_forwards(tmp_path):
     assert grown < 60 * 1024
     assert set(sizes) == {256 * 512 * 4}
     assert (tmp_path / "100" / "00000.safetensors").stat().st_size < 256 * 512 * 4 + 512 * 4 + 1024
+
+
+def test_of_rows_that_draw_the_same_slot_the_last_stays(tmp_path):
+    """As if every row were handled on its own."""
+    rows, budget = torch.randn(500, 8), 16
+    whole = _Reservoir(tmp_path / "whole.rows", budget, torch.Generator().manual_seed(3))
+    whole.add(rows)
+    expected, generator = rows[:budget].clone(), torch.Generator().manual_seed(3)
+    slots = (torch.rand(500 - budget, generator=generator, dtype=torch.float64) * torch.arange(budget + 1, 501)).long()
+    for i, slot in enumerate(slots.tolist()):
+        if slot < budget:
+            expected[slot] = rows[budget + i]
+    assert torch.equal(whole._rows, expected)
+
+
+_FULL = """
+import sys, torch
+from pathlib import Path
+from svdquant.ptq.capture import _Reservoir
+reservoir = _Reservoir(Path(sys.argv[1]) / "a.rows", 1024, torch.Generator())
+try:
+    reservoir.add(torch.ones(1024, 256))
+except OSError as error:
+    sys.exit(error.errno)
+"""
+
+
+def test_a_full_disk_is_an_error_not_a_signal(tmp_path):
+    """In a process of its own, which writing to a mapped file without room would end by SIGBUS."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    environment = os.environ | {"PYTHONPATH": str(Path(svdquant.__file__).parents[1])}
+    try:
+        done = subprocess.run([sys.executable, "-c", _FULL, str(tmp_path)], env=environment, capture_output=True)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    assert done.returncode == errno.ENOSPC, done.stderr.decode()
+
+
+def test_without_posix_the_file_is_filled(tmp_path, monkeypatch):
+    monkeypatch.delattr("os.posix_fallocate")
+    store = capture(model(), groups("a"), forwards(numbered(0, 5)), tmp_path, 200_000, 0)
+    assert torch.equal(store.inputs("a").rows, numbered(0, 5))

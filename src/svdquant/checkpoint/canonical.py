@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from ..nn import quantized_layers, replace_module
 from .hub import load_from_hub, looks_like_hub_id
 from .layout import ACCEPTED, METADATA_KEY, Checkpoint, open_checkpoint, parse_config
 from .skeleton import aligned, check_load_dtype, check_tensors, fixed_names, install_layers, set_tensor, stored_dtype
+
+_OWN_WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def load_model(
@@ -278,7 +281,8 @@ def _move(source: Path, target: Path) -> None:
     if source.is_file() or not target.exists():
         os.replace(source, target)
         return
-    stale = set(target.glob("*.safetensors")) | set(target.glob("*.safetensors.index.json"))
+    # Only what an earlier save of a model left: an adapter beside it is none of our business.
+    stale = {file for file in target.iterdir() if _OWN_WEIGHTS.fullmatch(file.name)}
     for file in sorted(source.iterdir(), key=lambda f: f.name == "config.json"):
         os.replace(file, target / file.name)
         stale.discard(target / file.name)

@@ -117,8 +117,9 @@ def _weights(path: Path, names: list[str]) -> tuple[tuple[Path, ...], dict[str, 
         if pickled:
             raise SVDQuantError(f"{path / pickled[0]}: pickle files can run code; convert to safetensors")
         raise SVDQuantError(f"{path}: has no .safetensors file; download it again")
-    # Variants ("model.fp16.safetensors") stand beside the plain file; the shortest name is the plain one.
-    file = min(files, key=lambda f: len(f.name))
+    # Variants ("model.fp16.safetensors") and adapters may stand beside the plain file.
+    plain = [f for f in files if f.name in ("diffusion_pytorch_model.safetensors", "model.safetensors")]
+    file = plain[0] if plain else min(files, key=lambda f: len(f.name))
     tensors, metadata = read_header(file)
     return (file,), tensors, metadata
 
@@ -210,5 +211,9 @@ def spec_is_sound(spec: LayerSpec) -> None:
         raise ValueError(f"kind={spec.kind!r}")
     if config.weights == "nvfp4" and spec.group_size != 16:
         raise ValueError(f"group_size={spec.group_size}")
+    if spec.kind == "w4a16" and spec.weights == "nvfp4":
+        raise ValueError("kind='w4a16' with nvfp4 weights")
+    if spec.rotate and spec.unsigned:
+        raise ValueError("rotate and unsigned exclude each other")
     if any(not 0 <= start < stop for start, stop in spec.unsigned):
         raise ValueError(f"unsigned={spec.unsigned!r}")

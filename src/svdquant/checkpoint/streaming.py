@@ -41,9 +41,9 @@ class WeightReader:
             raise SVDQuantError(f"{self.checkpoint.path}: tensor {name} is missing; download the model again")
         with safe_open(self._file_of[name], "pt") as handle:
             value = handle.get_tensor(name)
+        # A copy in any case: a mapped tensor keeps the file open, and its alignment is whatever the file has.
         if self.dtype is not None and value.is_floating_point() and not any(p in name.split(".") for p in self.fp32):
-            return value.to(self.dtype)
-        # A copy: the mapping ends with the handle, and its alignment is whatever the file has.
+            return value.to(self.dtype, copy=True)
         return value.clone()
 
     def fingerprint(self) -> str:

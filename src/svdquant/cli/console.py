@@ -72,7 +72,8 @@ def table(header: list[str], rows: list[list[str]], right: str = "") -> str:
 class Stages:
     """Progress of named stages with the time left: bars on a terminal, else now and then a line.
 
-    Calling it matches `progress` of `quantize_pipeline`: (stage, done, total, what is being worked on).
+    Calling it matches `progress` of `quantize_pipeline`: (stage, done, total, what is being worked on). The stage
+    "note" is a remark, shown at once.
     """
 
     def __init__(self, names: dict[str, str]) -> None:
@@ -105,6 +106,9 @@ class Stages:
             self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int, text: str) -> None:
+        if stage == "note":
+            (self._bars.console.print if self._bars is not None else remark)(text)
+            return
         label = self.names.get(stage, stage)
         if self._bars is None:
             if time.monotonic() - self._spoke > _LINE_EVERY:

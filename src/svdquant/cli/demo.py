@@ -57,9 +57,13 @@ def demo(
     wanted = settings["demo"][:prompts]
     if output.exists() and not output.is_dir():
         raise SVDQuantError(f"{output}: is a file; choose a folder with --output")
+    w4, w8 = output / "w4", output / "w8"
+    for folder in (w4, w8):
+        ours = folder.is_dir() and ((folder / "svdquant_report.json").is_file() or not any(folder.iterdir()))
+        if folder.exists() and not ours:
+            raise SVDQuantError(f"{folder}: was not made by this demo; choose another folder with --output")
     quiet_libraries()
     began = time.perf_counter()
-    w4, w8 = output / "w4", output / "w8"
     calibration = settings["calibration"][:_CALIBRATION_PROMPTS]
     taken = {
         w4: _quantize(model, w4, SVDQuantConfig(activations="int4", calibration_rows=_CALIBRATION_ROWS), calibration),
@@ -102,8 +106,8 @@ def demo(
 
 def _quantize(model: Path, out: Path, config: SVDQuantConfig, prompts: list[str]) -> float:
     """Quantizes the embedded model into `out`; returns the seconds it took, calibration included."""
+    from ..integrations.on_disk import quantize_pipeline
     from ..integrations.pipeline import PipelineOptions
-    from ..integrations.quantize import quantize_pipeline
 
     began = time.perf_counter()
     remark(f"quantizing to {config.weights} …")

@@ -6,7 +6,7 @@ from ..config import SVDQuantConfig
 from ..numerics import padded_columns
 from ..ptq.low_rank import ITERATIONS, OVERSAMPLE
 from ..ptq.plan import GroupPlan
-from ..ptq.smooth import grid
+from ..ptq.smooth import EVALUATION_WORK, FEWEST_ROWS, MOST_ROWS, grid
 
 # Fitted to seven groups of 256-2048 inputs on one core of an AMD EPYC with AVX-512: 5.0e10 and 3.6e7 a second, each
 # group within 26 %. A second core is counted as 0.8 of the first.
@@ -32,8 +32,7 @@ def group_work(group: GroupPlan, config: SVDQuantConfig, calibrated: bool = True
     if not calibrated:
         return flops + mine.refine * 10 * dense * width, 0.0
     rows = mine.calibration_rows
-    # Enough rows for 2e10 products per try, as in `ptq.smooth`.
-    scored = min(rows, max(256.0, 2e10 / dense))
+    scored = min(rows, MOST_ROWS, max(FEWEST_ROWS, EVALUATION_WORK / dense))
     tries = mine.refine + (len(grid(mine.smooth_grid)) if spec.smooth else 0)
     # Four products with the subspace, the branch taken out, and the scored product.
     flops += tries * (10 * dense * width + 2 * dense * scored)

@@ -34,12 +34,18 @@ class Drawn:
 
 @takes(options=drawing_flags)
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A pipeline, or a quantized model with --base.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A pipeline, or a model with --base.")],
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One picture each, per seed.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE|FOLDER", help="A .png, .jpg or .webp file, or a folder.")
-    ],
     options: dict[str, Any],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE|FOLDER",
+            help="A .png, .jpg or .webp file, or a folder; picture.png, for several the folder pictures.",
+        ),
+    ] = None,
     seed: Annotated[
         list[int] | None, typer.Option("--seed", metavar="N", help="Repeatable: one picture each; 0.")
     ] = None,
@@ -57,8 +63,15 @@ def generate(
     if activations is not None and activations not in ACTIVATIONS:
         raise SVDQuantError(f"activations={activations!r} is not one of {', '.join(ACTIVATIONS)}")
     seeds = seed or [0]
+    if output is None:
+        output = Path("picture.png" if len(prompts) * len(seeds) == 1 else "pictures")
     paths = picture_paths(output, prompts, seeds)
     quiet_libraries()
+    from ..integrations.pipeline import check_model
+
+    for name in (model,) if compare is None else (model, compare):
+        with doing(f"opening {name}"):
+            check_model(name, base)
     loading = {"dtype": dtype, "device": device, "base": base}
     drawn = _draw(model, prompts, seeds, options, loading, activations, paths)
     ratios: list[float | None] = [None] * len(drawn)

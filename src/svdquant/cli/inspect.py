@@ -25,7 +25,7 @@ def inspect(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show the format, layers and sizes of a checkpoint. No weight is read."""
+    """Show the format, layers and sizes of a checkpoint, from its headers. A Hub id is downloaded first."""
     from ..checkpoint import inspect as read
     from ..integrations.pipeline import resolve_model
 

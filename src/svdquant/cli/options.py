@@ -25,7 +25,9 @@ ActivationsDial = Annotated[
     str | None,
     typer.Option("--activations", metavar="FORMAT", help=f"{_either(ACTIVATIONS)}; the default is the device's best."),
 ]
-Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, xpu …")]
+Device = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="auto (the first accelerator), cpu, cuda, cuda:1, xpu, mps.")
+]
 Dtype = Annotated[str | None, typer.Option("--dtype", metavar="NAME", help="bfloat16, float16 or float32.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of every random number.")]
 Base = Annotated[

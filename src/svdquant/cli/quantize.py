@@ -64,11 +64,13 @@ def quantize(
     json: Json = False,
 ) -> None:
     """Quantize a pipeline. An interrupted run is resumed by the same command."""
+    from ..integrations.on_disk import quantize_pipeline
     from ..integrations.pipeline import PipelineOptions
-    from ..integrations.quantize import quantize_pipeline
 
     if data_free and (prompts or prompt or samples):
         raise SVDQuantError("--data-free draws nothing; leave out --prompts, --prompt and --samples")
+    if data_free and config.int8_activations_above is not None:
+        raise SVDQuantError("--int8-activations-above needs calibration; leave it out, or leave out --data-free")
     if max_memory is not None and not _MEMORY.fullmatch(max_memory):
         raise SVDQuantError(f"--max-memory {max_memory!r} is no size; write it as 8GB or 900MB")
     quiet_libraries()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..checkpoint import load_model
 from ..checkpoint.header import read_header
 from ..checkpoint.hub import looks_like_hub_id, unreachable
 from ..checkpoint.layout import ACCEPTED, DENOISERS, PICKLES, open_checkpoint, read_json
+from ..checkpoint.skeleton import FLOATS
 from ..errors import SVDQuantError
 
 # What a model folder may say about how it wants to be run; also where the embedded model keeps its prompts.
@@ -86,6 +88,8 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
+        if hasattr(torch, "xpu") and torch.xpu.is_available():
+            return torch.device("xpu")
         return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
@@ -110,13 +114,25 @@ def resolve_model(model: str | Path) -> Path:
         if not path.exists():
             raise SVDQuantError(f"{path}: does not exist; give {ACCEPTED}")
         return path
-    from huggingface_hub import snapshot_download
-
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-        return Path(snapshot_download(str(model), allow_patterns=patterns))
+        return _download(str(model))
     except Exception as error:  # the hub client raises of many kinds
         raise unreachable(str(model), error) from error
+
+
+def _download(repo: str) -> Path:
+    """Of a pipeline what diffusers loads, not the original weights, variants and pickles next to it."""
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        hf_hub_download(repo, "model_index.json")
+    except EntryNotFoundError:
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+    folder = Path(DiffusionPipeline.download(repo, use_safetensors=True))
+    snapshot_download(repo, allow_patterns=[DEFAULTS_FILE, "LICENSE*"])
+    return folder
 
 
 def model_class(name: str) -> Any:
@@ -138,6 +154,8 @@ def skeleton(model: str | Path, dtype: torch.dtype = torch.bfloat16) -> nn.Modul
     import diffusers
 
     path = Path(model)
+    if path.suffix in PICKLES:
+        raise SVDQuantError(f"{path}: pickle files can run code; convert to safetensors")
     if str(model).isidentifier() and not path.exists() and hasattr(diffusers, str(model)):
         return build_skeleton(model_class(str(model)), None, dtype)
     if path.suffix == ".json" and path.is_file():
@@ -167,6 +185,14 @@ def build_skeleton(cls: Any, config: dict[str, Any] | None, dtype: torch.dtype) 
 
 
 def _local_config(path: Path) -> dict[str, Any]:
+    if path.is_file():
+        config = open_checkpoint(path).config
+        if not config:
+            raise SVDQuantError(
+                f"{path}: a single file lacks its configuration; give its pipeline folder, its config.json or the name "
+                "of its diffusers class"
+            )
+        return config
     if not path.is_dir():
         raise SVDQuantError(f"{path}: does not exist; give {ACCEPTED}")
     if (path / "model_index.json").is_file():
@@ -211,6 +237,24 @@ def check_files(path: Path) -> None:
             raise SVDQuantError(f"{pickled[0]}: pickle files can run code; convert to safetensors")
 
 
+def check_model(model: str | Path, base: str | None = None) -> tuple[Path, Path | None]:
+    """(pipeline, model to build it around or None) that `load_pipeline` will use: found, and its files' headers read.
+
+    Raises `SVDQuantError` for what cannot be loaded, without loading any weight.
+    """
+    path = resolve_model(model)
+    if (path / "model_index.json").is_file():
+        check_files(path)
+        return path, None
+    open_checkpoint(path)
+    if base is None:
+        raise SVDQuantError(f"{path}: is a model without its pipeline; name the pipeline with --base")
+    pipeline = resolve_model(base)
+    denoisers(pipeline)
+    check_files(pipeline)
+    return pipeline, path
+
+
 def load_pipeline(
     model: str | Path,
     *,
@@ -222,25 +266,20 @@ def load_pipeline(
 ) -> Any:
     """A diffusers pipeline, quantized or not, ready to draw on `device`.
 
-    model: a pipeline folder or Hub id; or a quantized model (folder or file), which `base`, a pipeline, is built
-    around. max_memory: of the denoiser in host memory, e.g. "8GB"; the rest of it stays in `offload_folder`.
+    model: a pipeline folder or Hub id; or a model (folder or file), quantized or not, which `base`, a pipeline, is
+    built around. max_memory: of the denoiser in host memory, e.g. "8GB"; the rest of it stays in `offload_folder`.
     """
     from diffusers import DiffusionPipeline
 
-    path, where = resolve_model(model), pick_device(device)
-    wanted = parse_dtype(dtype) or torch.bfloat16
+    where, wanted = pick_device(device), parse_dtype(dtype) or torch.bfloat16
+    path, part = check_model(model, base)
     components: dict[str, Any] = {}
-    if not (path / "model_index.json").is_file():
-        if base is None:
-            raise SVDQuantError(f"{path}: is a model without its pipeline; name the pipeline with --base")
-        part = load_model(path, torch_dtype=wanted)
-        path = resolve_model(base)
-        components[denoisers(path)[0]] = part
-    check_files(path)
-    if not components:
+    if part is not None:
+        components[denoisers(path)[0]] = _load_part(part, path, wanted)
+    elif max_memory is not None:
         for name in denoisers(path):
             checkpoint = open_checkpoint(path, name)
-            if max_memory is not None and checkpoint.quantization is None:
+            if checkpoint.quantization is None:
                 components[name] = _offloaded(
                     checkpoint.path, checkpoint.model_class, wanted, max_memory, offload_folder
                 )
@@ -258,6 +297,36 @@ def load_pipeline(
     return pipe
 
 
+def _load_part(path: Path, pipeline: Path, dtype: torch.dtype) -> nn.Module:
+    """A denoiser that comes without its pipeline: quantized, or a 16-bit folder or file."""
+    checkpoint = open_checkpoint(path)
+    if checkpoint.quantization is not None:
+        model: nn.Module = load_model(path, torch_dtype=dtype)
+        return model
+    if checkpoint.is_file:
+        return load_single_file(path, pipeline, dtype)
+    try:
+        model = model_class(checkpoint.model_class).from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SVDQuantError(f"{path}: diffusers could not load this model ({reason})") from error
+    return model
+
+
+def load_single_file(file: Path, pipeline: Path, dtype: torch.dtype) -> nn.Module:
+    """A 16-bit .safetensors as the denoiser that `pipeline` has; diffusers converts the names."""
+    part = denoisers(pipeline)[0]
+    cls = model_class(read_json(pipeline / part / "config.json").get("_class_name", ""))
+    try:
+        model: nn.Module = cls.from_single_file(
+            str(file), config=str(pipeline), subfolder=part, torch_dtype=dtype, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SVDQuantError(f"{file}: is not a {cls.__name__} as {pipeline} has it ({reason})") from error
+    return model
+
+
 def _offloaded(folder: Path, name: str, dtype: torch.dtype, max_memory: str, offload: Path | None) -> nn.Module:
     """A 16-bit model of which `max_memory` stays in host memory and the rest on disk (accelerate)."""
     if offload is None:
@@ -265,6 +334,25 @@ def _offloaded(folder: Path, name: str, dtype: torch.dtype, max_memory: str, off
     return model_class(name).from_pretrained(
         folder, torch_dtype=dtype, device_map="auto", max_memory={"cpu": max_memory}, offload_folder=str(offload)
     )
+
+
+def pipeline_bytes(path: Path, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes of a pipeline's models once loaded in `dtype`, from the files' headers."""
+    total = 0
+    for folder in sorted(entry for entry in path.iterdir() if (entry / "config.json").is_file()):
+        if any(folder.glob("*.safetensors")):
+            tensors = open_checkpoint(folder).tensors.values()
+            total += sum(math.prod(t.shape) * dtype.itemsize if t.dtype in FLOATS else t.nbytes for t in tensors)
+    return total
+
+
+def host_memory_for(needed: int, available: int) -> str | None:
+    """What a denoiser may take of the host's memory, as `max_memory`; None where the whole pipeline fits.
+
+    needed, available: bytes of the pipeline, and of memory that is free. Beyond 80 % of it the pipeline would not fit
+    next to what drawing takes; the denoiser then gets half, the other models and the activations the rest.
+    """
+    return None if needed <= 0.8 * available else f"{max(available // 2 >> 20, 1)}MiB"
 
 
 def place(pipe: Any, device: torch.device) -> None:

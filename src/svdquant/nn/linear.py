@@ -65,7 +65,7 @@ class QuantizedMixin:
 
     @property
     def weight(self) -> Tensor:
-        """Shape, type and device of the dense weight, with no storage behind them. Reading values is meaningless."""
+        """Shape, type and device of the dense weight, one NaN behind them: code that computes with it fails visibly."""
         view = self._weight_like().expand(*self._weight_shape())
         view._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not initialise it
         return view
@@ -75,7 +75,7 @@ class QuantizedMixin:
         for name in ("proj_up", "bias", "smooth_factor", "wcscales", "wscales"):
             value = getattr(module, name)
             if value is not None:
-                return value.detach().new_empty(1)
+                return value.detach().new_full((1,), float("nan"))
         raise AssertionError("a quantized layer always has scales")
 
     def _weight_shape(self) -> tuple[int, ...]:
@@ -237,7 +237,7 @@ def empty_layer(original: nn.Module, spec: LayerSpec, dtype: torch.dtype) -> nn.
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Puts `new` in the place of the submodule `name`; hooks of accelerate move along."""
+    """Puts `new` in the place of the submodule `name`, in its training mode. Hooks stay behind."""
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     new.training = getattr(parent, child).training

@@ -19,7 +19,9 @@ _VALUES = _MAGNITUDES + tuple(-m for m in _MAGNITUDES)
 
 def scales(weight: Tensor, group_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     wanted = grouped(weight, weight.shape[-1] // group_size).abs().amax(-1) / 6
-    outer = nonzero((wanted.amax() / 448).to(dtype))
+    # float16 cannot hold the outer scale of very small weights; a larger one leaves the group scales room enough.
+    smallest_outer = 2.0**-20 if dtype == torch.float16 and bool(wanted.any()) else 0.0
+    outer = nonzero((wanted.amax() / 448).clamp(min=smallest_outer).to(dtype))
     inner = (wanted / outer.float()).clamp_(max=448).to(E4M3)
     smallest = torch.tensor(2.0**-9, device=weight.device).to(E4M3)
     # A group too small for e4m3 keeps its smallest scale: dividing by zero later must not happen.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -17,9 +18,7 @@ FORMATS: dict[str, WeightFormat] = {f.name: f for f in (int4.FORMAT, nvfp4.FORMA
 
 def padded_columns(in_features: int, spec: LayerSpec) -> int:
     """Columns of the stored weight: K rounded up to the group, and to 128 where the layer is rotated."""
-    multiple = max(spec.group_size, 1)
-    if spec.rotate:
-        multiple = max(multiple, BLOCK)
+    multiple = math.lcm(max(spec.group_size, 1), BLOCK if spec.rotate else 1)
     # Two 4-bit codes share a byte.
     if FORMATS[spec.weights].bits == 4 and multiple % 2:
         multiple *= 2

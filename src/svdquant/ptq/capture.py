@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ class _Reservoir:
         self.amax = amax if self.amax is None else torch.maximum(self.amax, amax)
         if self._rows is None:
             size = self.budget * rows.shape[1]
+            _allocate(self.path, size * rows.element_size())
             flat = torch.from_file(str(self.path), shared=True, size=size, dtype=rows.dtype)
             self._rows = flat.view(self.budget, rows.shape[1])
         filled = min(self.seen, self.budget)
@@ -49,8 +52,11 @@ class _Reservoir:
             # Row number t of the stream replaces a random slot with probability budget / t.
             numbers = torch.arange(self.seen + room, self.seen + rows.shape[0]) + 1
             slots = (torch.rand(rest, generator=self.generator, dtype=torch.float64) * numbers).long()
-            for i in torch.nonzero(slots < self.budget).flatten().tolist():
-                self._rows[slots[i]] = rows[room + i].cpu()
+            # Of rows that drew the same slot the last one stays.
+            accepted = torch.nonzero(slots < self.budget).flatten()
+            last = dict(zip(slots[accepted].tolist(), (accepted + room).tolist(), strict=True))
+            picked = torch.tensor(list(last.values()), dtype=torch.long, device=rows.device)
+            self._rows[torch.tensor(list(last), dtype=torch.long)] = rows[picked].cpu()
         self.seen += rows.shape[0]
 
     def finish(self) -> dict[str, Any]:
@@ -64,11 +70,30 @@ class _Reservoir:
         return {"file": self.path.with_suffix(".safetensors").name, "rows": kept, "seen": self.seen}
 
 
+def _allocate(path: Path, size: int) -> None:
+    """A file of `size` bytes that has its disk space: writing to a mapped sparse file on a full disk ends in SIGBUS.
+
+    Raises `OSError` where there is no room.
+    """
+    with path.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        except AttributeError:  # no POSIX system
+            pass
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise OSError(error.errno, error.strerror, str(path)) from error
+        zeros = bytes(1 << 20)
+        for start in range(0, size, len(zeros)):
+            file.write(zeros[: size - start])
+
+
 def _digest(rows: Tensor) -> bytes:
     """Of 64 evenly spaced rows, the shape and the sum: equal tensors always agree, others practically never."""
     step = max(rows.shape[0] // 64, 1)
     sample = rows[::step].contiguous().cpu()
-    digest = hashlib.blake2b(f"{tuple(rows.shape)} {float(rows.double().sum())}".encode(), digest_size=16)
+    digest = hashlib.blake2b(f"{tuple(rows.shape)} {float(rows.sum(dtype=torch.float64))}".encode(), digest_size=16)
     digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.digest()
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..config import LayerSpec, SVDQuantConfig, matches
+from ..config import GROUP_SIZES, LayerSpec, SVDQuantConfig, matches
 from ..errors import SVDQuantError
 from ..families import Family, family_of
 from ..nn import is_pointwise_conv
@@ -122,45 +123,90 @@ def find_linears(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def _read_directly(model: nn.Module, linears: dict[str, nn.Module]) -> set[str]:
+    """Names of linears whose weight their parent reads instead of calling them: torch's own attention modules."""
+    direct = {name for name, module in linears.items() if isinstance(module, NonDynamicallyQuantizableLinear)}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            direct |= {f"{name}.{leaf}".lstrip(".") for leaf in ("linear1", "linear2")}
+    return direct
+
+
+def _shared(model: nn.Module, linears: dict[str, nn.Module]) -> set[str]:
+    """Names of linears that the model holds under another name too."""
+    count: dict[int, int] = {}
+    for _, module in model.named_modules(remove_duplicate=False):
+        count[id(module)] = count.get(id(module), 0) + 1
+    return {name for name, module in linears.items() if count[id(module)] > 1}
+
+
 def find_blocks(model: nn.Module, family: Family) -> list[str]:
     """Names of the model's blocks: elements of the outermost module lists, and a UNet's middle block."""
     lists = list(family.blocks)
     if not lists:
         for name, module in model.named_modules():
-            nested = any(name.startswith(outer + ".") for outer in lists)
-            if isinstance(module, nn.ModuleList) and not nested and _has_linear(module):
+            nested = any(not outer or f"{name}.".startswith(f"{outer}.") for outer in lists)
+            if not nested and _is_block_list(module):
                 lists.append(name)
-    blocks = [f"{name}.{i}" for name in lists for i in range(len(model.get_submodule(name)))]  # type: ignore[arg-type]
+    blocks = [f"{name}.{i}".lstrip(".") for name in lists for i in range(len(model.get_submodule(name)))]  # type: ignore[arg-type]
     if hasattr(model, "mid_block") and model.mid_block is not None:
         blocks.append("mid_block")
     return blocks
 
 
-def _has_linear(module: nn.Module) -> bool:
-    return any(isinstance(m, nn.Linear) for m in module.modules())
+def _is_block_list(module: nn.Module) -> bool:
+    """Whether the elements are blocks, not layers: modules of modules. A sequence must repeat one class."""
+    blocks = [child for child in module.children() if _is_block(child)]
+    if isinstance(module, nn.ModuleList):
+        return bool(blocks)
+    return isinstance(module, nn.Sequential) and len(blocks) > 1 and len({type(block) for block in blocks}) == 1
+
+
+def _is_block(module: nn.Module) -> bool:
+    return any(isinstance(m, nn.Linear) for m in module.modules() if m is not module)
 
 
 def block_of(name: str, blocks: list[str]) -> str:
     return next((block for block in blocks if f"{name}.".startswith(block + ".")), "")
 
 
-def make_plan(model: nn.Module, config: SVDQuantConfig, run: Run | None = None) -> Plan:
+def trace_model(model: nn.Module, run: Run) -> dict[str, LayerTrace]:
+    """What each linear of the model reads in the first forward that `run` makes."""
+    blocks = find_blocks(model, family_of(model))
+    return trace_forward(model, {name: block_of(name, blocks) for name in find_linears(model)}, run)
+
+
+def _example_traces(model: nn.Module, family: Family) -> dict[str, LayerTrace]:
+    """A trace of the family's own example inputs; empty where it has none or this configuration refuses them."""
+    inputs = family.example_inputs
+    if inputs is None:
+        return {}
+    try:
+        return trace_model(model, lambda m: m(**inputs(m)))
+    except Exception:  # whatever a model raises at unforeseen inputs: names still tell most
+        return {}
+
+
+def make_plan(
+    model: nn.Module,
+    config: SVDQuantConfig,
+    run: Run | None = None,
+    traces: dict[str, LayerTrace] | None = None,
+) -> Plan:
     """Plans `model`, which may live on the meta device: no weight is read.
 
-    run: calls the model once; None uses the family's own example inputs, and without those, names alone decide.
-    Raises `SVDQuantError` where nothing is left to quantize, a pattern matches nothing or a rank exceeds a layer.
+    run: calls the model once; traces: what `trace_model` found earlier. Without either, the family's own example
+    inputs are used, and without those, names alone decide. Raises `SVDQuantError` where nothing is left to quantize, a
+    pattern matches nothing or a rank exceeds a layer.
     """
     family = family_of(model)
     linears = find_linears(model)
     blocks = find_blocks(model, family)
     where = {name: block_of(name, blocks) for name in linears}
-    if run is None and family.example_inputs is not None:
-        inputs = family.example_inputs
-
-        def run(m: nn.Module) -> Any:
-            return m(**inputs(m))
-
-    traces = trace_forward(model, where, run) if run is not None else {}
+    if traces is None:
+        traces = trace_model(model, run) if run is not None else _example_traces(model, family)
+    refused = dict.fromkeys(_shared(model, linears), "shared with another module")
+    refused |= dict.fromkeys(_read_directly(model, linears), "torch's fused attention reads its weight directly")
     plan = Plan(type(model).__name__, family.name, traced=bool(traces))
     _check_patterns(config, list(linears))
 
@@ -172,6 +218,8 @@ def make_plan(model: nn.Module, config: SVDQuantConfig, run: Run | None = None) 
     for name, module in linears.items():
         trace = traces.get(name)
         layer = _plan_layer(name, module, config, family, bool(blocks), where[name], trace, tokens_seen, readers, fp32)
+        if layer.kind != "keep" and name in refused:
+            layer = replace(layer, kind="keep", spec=None, reason=refused[name])
         plan.layers[name] = layer
         linear_bytes += layer.bytes_before
     plan.other_bytes = max(sum(p.numel() * p.element_size() for p in model.parameters()) - linear_bytes, 0)
@@ -236,9 +284,10 @@ def _plan_layer(
     if k * n < _SMALLEST:
         return replace(layer, reason="too small")
     if _is_modulation(name, family, trace, tokens_seen):
-        if mine.modulation == "none":
+        if mine.modulation_weights == "none":
             return replace(layer, reason="modulation, kept by the configuration")
-        spec = LayerSpec("w4a16", "int4", 64, 0, "none", (), False, False)
+        weights = mine.modulation_weights
+        spec = LayerSpec("w4a16", weights, GROUP_SIZES[weights], 0, "none", (), False, False)
         return replace(layer, kind="w4a16", spec=spec, reason="modulation: few rows, weights only")
     if _is_text_key_value(name, trace, readers):
         return replace(layer, reason="reads the text of a cross-attention")

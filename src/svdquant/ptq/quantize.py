@@ -1,8 +1,7 @@
-"""`svdquant.quantize`: plan, capture, solve and swap, in place, for a model in memory."""
+"""Plan, capture, solve and swap, in place, for a model in memory."""
 
 from __future__ import annotations
 
-import gc
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,14 +31,10 @@ def quantize(
     work_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Quantizes `model` in place and returns the report.
-
-    calibrate: any callable that runs the model it is given, e.g. `lambda m: pipe(prompts)`; None = data-free.
-    work_dir: where calibration inputs are kept meanwhile; a temporary folder by default. A model of diffusers or
-    transformers can be saved with its own `save_pretrained` afterwards. Nothing is changed where `SVDQuantError` is
-    raised.
-    """
+    """Quantizes `model` in place and returns the report; see `svdquant.quantize`."""
     config = config or SVDQuantConfig()
+    if not isinstance(model, nn.Module):
+        raise SVDQuantError(f"quantize takes a model, not a {type(model).__name__}; give it e.g. pipe.transformer")
     if any(isinstance(m, QUANTIZED) for m in model.modules()):
         raise SVDQuantError(f"{type(model).__name__} is quantized already; start from the 16-bit model")
     began = time.perf_counter()
@@ -58,19 +53,11 @@ def quantize(
     report = make_report(plan, {name: layer.report for name, layer in solved.items()}, config)
     report.check(config.max_error)
     kept = {layer.name for layer in report.layers if layer.kind == "keep"}
-    specs = {}
     for name, layer in solved.items():
         if name not in kept:
-            specs[name] = layer.spec
             original = model.get_submodule(name)
-            new = make_layer(original, layer.tensors)
-            for alias, module in list(model.named_modules(remove_duplicate=False)):
-                if module is original:
-                    replace_module(model, alias, new)
-    del solved
-    gc.collect()
+            replace_module(model, name, make_layer(original, layer.tensors))
     report.seconds = time.perf_counter() - began
-    _attach(model, config.with_layers(specs))
     return report
 
 
@@ -83,7 +70,7 @@ def make_report(plan: Plan, layers: dict[str, LayerReport], config: SVDQuantConf
             continue
         layer = layers[name]
         limit = (config.for_layer(name) or config).keep_16bit_above
-        if limit is not None and layer.error > limit:
+        if limit is not None and not layer.error <= limit:
             layer.kind, layer.bytes_after = "keep", layer.bytes_before
         saved += layer.bytes_before - layer.bytes_after
         report.layers.append(layer)
@@ -96,13 +83,8 @@ def _tensors_of(model: nn.Module, group: GroupPlan) -> tuple[dict[str, Tensor], 
     biases: dict[str, Tensor | None] = {}
     for member in group.members:
         module: Any = model.get_submodule(member.name)
+        if module.weight.is_meta:
+            raise SVDQuantError(f"{member.name} has no weights in memory; quantize before enabling offload")
         weights[member.name] = module.weight.detach()
         biases[member.name] = None if module.bias is None else module.bias.detach()
     return weights, biases
-
-
-def _attach(model: nn.Module, config: SVDQuantConfig) -> None:
-    """Lets the library that the model comes from know that it is quantized."""
-    from ..integrations import attach
-
-    attach(model, config)

@@ -60,7 +60,9 @@ class Report:
 
     def check(self, max_error: float | None) -> None:
         """Raises `SVDQuantError` naming the worst layers where one exceeds `max_error`."""
-        bad = [layer for layer in self.worst(len(self.layers)) if max_error is not None and layer.error > max_error]
+        bad = [
+            layer for layer in self.worst(len(self.layers)) if max_error is not None and not layer.error <= max_error
+        ]
         if bad:
             named = ", ".join(f"{layer.name} ({layer.error:.3f})" for layer in bad[:3])
             raise SVDQuantError(

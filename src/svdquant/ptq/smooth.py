@@ -16,8 +16,8 @@ from .low_rank import dense_svd, truncated_svd
 from .problem import Problem
 
 # Rows × N × K of one evaluation; enough rows for the ranking, few enough to try dozens of candidates.
-_WORK = 1e10
-_FEWEST_ROWS, _MOST_ROWS = 256, 1024
+EVALUATION_WORK = 1e10
+FEWEST_ROWS, MOST_ROWS = 256, 1024
 
 
 @dataclass
@@ -52,8 +52,8 @@ def evaluation_rows(problem: Problem, generator: torch.Generator) -> Tensor:
     """The rows of the inputs that candidates are scored on."""
     inputs = problem.inputs
     assert inputs is not None
-    rows = int(_WORK / (problem.weight.shape[0] * problem.columns))
-    rows = min(max(rows, _FEWEST_ROWS), _MOST_ROWS)
+    rows = int(EVALUATION_WORK / (problem.weight.shape[0] * problem.columns))
+    rows = min(max(rows, FEWEST_ROWS), MOST_ROWS)
     if rows >= inputs.shape[0]:
         return inputs
     return inputs[torch.randperm(inputs.shape[0], generator=generator)[:rows].to(inputs.device)]

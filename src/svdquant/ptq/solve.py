@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from dataclasses import dataclass, replace
 
@@ -76,6 +77,10 @@ def solve_group(
     assert mine is not None
     solved = _solve(group, flat, biases, inputs, mine, group.spec)
     limit = mine.int8_activations_above
+    if limit is not None and inputs is None:
+        raise SVDQuantError(
+            "int8_activations_above judges outputs, so it needs calibration; leave it out, or calibrate"
+        )
     if limit is not None and group.spec.kind == "svdquant" and inputs is not None:
         worst = max(layer.report.error for layer in solved.values())
         if worst > limit and mine.solve_activations in ("int4", "nvfp4"):
@@ -163,6 +168,10 @@ def _solve(
             stored_bias,
         )
         error = _error(problem, smooth, tensors, stacked[part], bias)
+        if not math.isfinite(error):
+            raise SVDQuantError(
+                f"{name} does not fit into {str(dtype).removeprefix('torch.')} once quantized; use bfloat16, or skip it"
+            )
         first = found[-1]
         out[name] = SolvedLayer(
             tensors,

@@ -35,8 +35,8 @@ class _Provenance(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gelu: set[tuple[int, int]] = set()
-        self.parts: dict[tuple[int, int], list[tuple[int, bool]]] = {}
+        self.gelu: set[tuple[int, int, int]] = set()
+        self.parts: dict[tuple[int, int, int], list[tuple[int, bool]]] = {}
         # Storages are told apart by address, so none may be freed and handed out again meanwhile.
         self.alive: list[Tensor] = []
         self.bytes_alive = 0
@@ -49,11 +49,7 @@ class _Provenance(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if name.endswith("_") and not name.endswith("__") and isinstance(out, Tensor):
-            # Changed in place: no longer a GELU's output, nor only a concatenation.
-            self.gelu.discard(storage_key(out))
-            self.parts.pop(storage_key(out), None)
-        elif name == "gelu" and isinstance(out, Tensor):
+        if name == "gelu" and isinstance(out, Tensor):
             self.keep(out)
             self.gelu.add(storage_key(out))
         elif name in ("cat", "concat", "concatenate") and isinstance(out, Tensor):
@@ -65,9 +61,10 @@ class _Provenance(TorchFunctionMode):
         return out
 
 
-def storage_key(x: Tensor) -> tuple[int, int]:
-    """Equal for views of one whole tensor, different for different tensors (while both are alive)."""
-    return x.untyped_storage()._cdata, x.numel()
+def storage_key(x: Tensor) -> tuple[int, int, int]:
+    """Equal for views of one whole tensor in one state; a change in place makes it another."""
+    version = 0 if x.is_inference() else x._version
+    return x.untyped_storage()._cdata, x.numel(), version
 
 
 # Past this, what earlier blocks read is forgotten: tensors are rarely shared across blocks, and never if this large.
@@ -106,7 +103,10 @@ def trace_forward(model: nn.Module, blocks: dict[str, str], run: Run) -> dict[st
                 # Its columns are the channels, which no concatenation along the last dimension touches.
                 parts = [(x.shape[1], key in provenance.gelu)]
             else:
-                parts = provenance.parts.get(key, [(x.shape[-1], key in provenance.gelu)])
+                parts = provenance.parts.get(key, [])
+                if sum(width for width, _ in parts) != x.shape[-1]:
+                    # Reshaped since: its columns are no longer those that were concatenated.
+                    parts = [(x.shape[-1], key in provenance.gelu and not parts)]
             segments, gelu, start = [], [], 0
             for width, is_gelu in parts:
                 segments.append((start, start + width))
