@@ -1,4 +1,4 @@
-"""Models that nobody planned for: in-place arithmetic, attention modules of torch, shared layers, odd configurations."""
+"""Models that nobody planned for: in-place arithmetic, torch's attention modules, shared layers, odd configurations."""
 
 from __future__ import annotations
 
@@ -188,7 +188,8 @@ def test_mistakes_are_named() -> None:
     [
         {"rank": 32.5}, {"rank": True}, {"refine": -1}, {"refine": 1.5}, {"smooth": -3}, {"gptq": "no"},
         {"max_error": float("nan")}, {"max_error": -1.0}, {"keep_16bit_above": 0}, {"overrides": {"*": {"rank": 999}}},
-        {"overrides": {"*": {"max_error": 0.1}}}, {"overrides": {"*": {"bits": 3}}}, {"group_size": 7}, {"weights": "int3"},
+        {"overrides": {"*": {"max_error": 0.1}}}, {"overrides": {"*": {"bits": 3}}}, {"group_size": 7},
+        {"weights": "int3"},
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused(fields: dict[str, Any]) -> None:
