@@ -268,14 +268,14 @@ def test_two_runs_do_not_share_an_output(source: Path, tmp_path: Path) -> None:
 
 def test_disk_estimate_counts_everything(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies there at the end, before anything is removed, fits into the estimate."""
-    wanted, found, publish = [], [], on_disk._publish
+    wanted, found, publish = [], [], on_disk.publish
 
     def measured(*folders: Path) -> None:
         found.append(sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file()))
         publish(*folders)
 
-    monkeypatch.setattr(on_disk, "_check_disk", lambda _folder, needed: wanted.append(needed))
-    monkeypatch.setattr(on_disk, "_publish", measured)
+    monkeypatch.setattr(on_disk, "check_disk", lambda _folder, needed: wanted.append(needed))
+    monkeypatch.setattr(on_disk, "publish", measured)
     options = replace(OPTIONS, height=64, width=64)
     quantize_pipeline(source, tmp_path / "out", config(calibration_rows=64), prompts=PROMPTS, options=options)
     assert len(wanted) == 1 and found[0] <= wanted[0] < 1.25 * found[0], (wanted, found)

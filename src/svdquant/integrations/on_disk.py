@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import gc
-import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError
 
 from ..checkpoint.layout import Checkpoint, open_checkpoint
 from ..checkpoint.skeleton import stored_dtype
@@ -46,11 +42,19 @@ from .pipeline import (
     pipeline_bytes,
     resolve_model,
 )
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps two processes apart
-    fcntl = None  # type: ignore[assignment]
+from .work_folder import (
+    check_disk,
+    check_output,
+    clear_folder,
+    copy_entries,
+    digest,
+    locked,
+    other_components,
+    publish,
+    size_of,
+    storing,
+    write_text,
+)
 
 # (stage, done, total, what is being worked on); stages: "calibrate", "solve", "write", and "note" for a remark.
 StageProgress = Callable[[str, int, int, str], None]
@@ -84,7 +88,7 @@ def quantize_pipeline(
     """
     config, out = config or SVDQuantConfig(), Path(os.path.abspath(out))
     source = resolve_model(model)
-    _check_output(out, source, overwrite)
+    check_output(out, source, overwrite)
     where, wanted = pick_device(device), parse_dtype(dtype)
     if prompts is None and config.int8_activations_above is not None:
         raise SVDQuantError(
@@ -100,11 +104,11 @@ def quantize_pipeline(
         _checkpoints(source)
     say = progress or (lambda *_: None)
     work = out.with_name(out.name + ".partial")
-    with _locked(work, out):
+    with locked(work, out):
         # Another process may have finished since.
-        _check_output(out, source, overwrite)
+        check_output(out, source, overwrite)
         if restart:
-            _clear(work)
+            clear_folder(work)
         origin = None
         if source.is_file():
             assert base is not None
@@ -140,7 +144,7 @@ def _quantize(
     jobs = {
         part: _Job(part, checkpoint, config, work, dtype, drawing) for part, checkpoint in _checkpoints(source).items()
     }
-    copied = _rest(source, set(jobs)) if is_pipeline else []
+    copied = other_components(source, set(jobs)) if is_pipeline else []
     _claim(work, jobs, config, drawing, origin, copied)
     if drawing is not None:
         for job in jobs.values():
@@ -160,9 +164,9 @@ def _quantize(
     for number, job in enumerate(jobs.values()):
         say("write", number, len(jobs), job.part or "model")
         job.write(result / job.part if job.part else result, shard_bytes)
-    _copy(copied, result)
+    copy_entries(copied, result)
     report.save(result)
-    _publish(result, out, work)
+    publish(result, out, work)
     say("write", len(jobs), len(jobs), str(out))
     return report
 
@@ -275,7 +279,7 @@ class _Job:
 
     def _traces(self, file: Path, drawing: _Drawing) -> dict[str, LayerTrace]:
         """Of the first prompt's first step; kept for the run that continues this one."""
-        key = _digest([self.reader.fingerprint(), str(self.dtype), drawing.key()])
+        key = digest([self.reader.fingerprint(), str(self.dtype), drawing.key()])
         if file.is_file():
             saved = json.loads(file.read_text(encoding="utf-8"))
             if saved["key"] == key:
@@ -284,7 +288,7 @@ class _Job:
         traces = trace_model(getattr(drawing.pipe, self.part), lambda _model: drawing.picture(0))
         text = json.dumps({"key": key, "layers": {name: asdict(trace) for name, trace in traces.items()}})
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, lambda path: _write(path, text))
+        write_atomically(file, lambda path: write_text(path, text))
         return traces
 
     def calibrate(self, drawing: _Drawing) -> None:
@@ -299,7 +303,7 @@ class _Job:
                     drawing.say("calibrate", number, count, prompt)
                     drawing.picture(number)
 
-            with _storing(self.inputs):
+            with storing(self.inputs):
                 capture(model, self.plan.groups, run, self.inputs, self.config.calibration_rows, self.config.seed)
         drawing.say("calibrate", count, count, "")
         self.store = CalibrationStore(self.inputs)
@@ -344,112 +348,13 @@ class _Job:
         ordered = {name: specs[name] for name in self.plan.layers if name in specs}
         config = self.checkpoint.config | {"quantization_config": self.config.with_layers(ordered).to_dict()}
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        write_atomically(folder / "config.json", lambda path: _write(path, text))
+        write_atomically(folder / "config.json", lambda path: write_text(path, text))
 
 
 def _trace_from(fields: dict[str, Any]) -> LayerTrace:
     """From JSON, which knows no tuples."""
     ranges = {key: tuple((a, b) for a, b in value) for key, value in fields.items() if isinstance(value, list)}
     return LayerTrace(**(fields | ranges))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def _digest(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _storing(path: Path) -> Iterator[None]:
-    """Turns errors of the disk into one sentence."""
-    try:
-        yield
-    except (OSError, SafetensorError, shutil.Error) as error:
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or ["disk full?"])[0]
-        raise SVDQuantError(
-            f"{path}: could not be stored ({reason}); free disk space or fix the permissions, then run the same "
-            "command again to go on"
-        ) from error
-
-
-def _check_output(out: Path, source: Path, overwrite: bool) -> None:
-    """Refuses an output that would replace something else than a model, or the model itself."""
-    if not out.name:
-        raise SVDQuantError(f"{out}: cannot be replaced; choose a folder in it")
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise SVDQuantError(f"{out}: is a file; choose a folder that does not exist yet")
-    if not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise SVDQuantError(f"{out}: exists already; choose another folder or pass --overwrite")
-    if out.resolve() in (source.resolve(), *source.resolve().parents):
-        raise SVDQuantError(f"{out}: holds the model that is to be quantized; choose another folder")
-    if not any((out / name).is_file() for name in ("model_index.json", "config.json", "svdquant_report.json")):
-        raise SVDQuantError(f"{out}: is a folder without a model, so it is not replaced; empty it or choose another")
-
-
-@contextmanager
-def _locked(work: Path, out: Path) -> Iterator[None]:
-    """Holds `work` for this process. A folder in which no job was begun goes again at the end."""
-    made = [folder for folder in (work, *work.parents) if not folder.exists()]
-    if work.exists() and not _is_ours(work):
-        raise SVDQuantError(f"{work}: is not svdquant's, but in the way; move it or choose another output folder")
-    try:
-        lock = _lock(work, out)
-    except OSError as error:
-        raise SVDQuantError(f"{work}: cannot be made ({error.strerror}); choose another output folder") from error
-    try:
-        yield
-    finally:
-        if not (work / "job.json").is_file():
-            shutil.rmtree(work, ignore_errors=True)
-            for folder in made[1:]:
-                if folder.exists() and not any(folder.iterdir()):
-                    folder.rmdir()
-        lock.close()
-
-
-def _is_ours(work: Path) -> bool:
-    return work.is_dir() and ((work / "lock").is_file() or (work / "job.json").is_file() or not any(work.iterdir()))
-
-
-def _lock(work: Path, out: Path) -> TextIO:
-    """Opens `work`/lock for this process alone, until it is closed."""
-    while True:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = (work / "lock").open("a")
-        if fcntl is None:
-            lock.close()
-            return lock
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                return lock  # a file system without locks
-            lock.close()
-            raise SVDQuantError(
-                f"another svdquant is working on {out}; wait for it or choose another output"
-            ) from error
-        try:
-            if os.path.samestat(os.fstat(lock.fileno()), (work / "lock").stat()):
-                return lock
-        except FileNotFoundError:
-            pass
-        lock.close()  # of a run that has just finished and removed it
-
-
-def _clear(work: Path, keep: tuple[str, ...] = ()) -> None:
-    for entry in work.iterdir():
-        if entry.name in ("lock", *keep):
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink()
 
 
 def _claim(
@@ -464,7 +369,7 @@ def _claim(
     solving = {k: v for k, v in config.to_dict().items() if k not in _JUDGING}
     job = {
         "config": solving,
-        "calibration": None if drawing is None else _digest(drawing.key()),
+        "calibration": None if drawing is None else digest(drawing.key()),
         # What a single file was unpacked to is made anew with other times.
         "weights": origin or {part: entry.reader.fingerprint() for part, entry in jobs.items()},
         "dtype": {part: str(entry.dtype) for part, entry in jobs.items()},
@@ -484,14 +389,14 @@ def _claim(
             "to begin anew"
         )
     # Nothing is lost by beginning anew, e.g. after broken weights were replaced. What is kept says what it is of.
-    _clear(work, keep=("source", "traces", "offload"))
-    _check_disk(work, _disk_needed(jobs, config, drawing, copied))
-    write_atomically(file, lambda path: _write(path, json.dumps(job, indent=1)))
+    clear_folder(work, keep=("source", "traces", "offload"))
+    check_disk(work, _disk_needed(jobs, config, drawing, copied))
+    write_atomically(file, lambda path: write_text(path, json.dumps(job, indent=1)))
 
 
 def _disk_needed(jobs: dict[str, _Job], config: SVDQuantConfig, drawing: _Drawing | None, copied: list[Path]) -> int:
     """Bytes: solved groups and the result made of them, copied models, calibration inputs, offloaded weights."""
-    needed = 2 * sum(job.plan.bytes_after for job in jobs.values()) + sum(_size_of(path) for path in copied)
+    needed = 2 * sum(job.plan.bytes_after for job in jobs.values()) + sum(size_of(path) for path in copied)
     if drawing is not None:
         for job in jobs.values():
             columns = [group.in_features for group in job.plan.groups]
@@ -500,56 +405,6 @@ def _disk_needed(jobs: dict[str, _Job], config: SVDQuantConfig, drawing: _Drawin
             if drawing.max_memory is not None:
                 needed += job.plan.bytes_before
     return needed
-
-
-def _check_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise SVDQuantError(
-            f"{folder}: needs about {needed / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free; free some or "
-            "choose another output folder"
-        )
-
-
-_NOT_COPIED = (".*", "*.bin", "*.pt", "*.ckpt")
-
-
-def _rest(source: Path, skip: set[str]) -> list[Path]:
-    """Everything of the pipeline but the denoisers: other models, tokenizers, scheduler, licence."""
-    entries = [e for e in sorted(source.iterdir()) if not e.name.startswith(".") and e.name not in skip | {"README.md"}]
-    return [
-        e for e in entries if e.is_dir() or e.suffix in (".json", ".txt", ".md") or e.name.upper().startswith("LICENSE")
-    ]
-
-
-def _size_of(path: Path) -> int:
-    """Of a file, or of those in a folder that are copied."""
-    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
-    return sum(f.stat().st_size for f in files if not any(f.match(pattern) for pattern in _NOT_COPIED))
-
-
-def _copy(entries: list[Path], target: Path) -> None:
-    for entry in entries:
-        with _storing(target / entry.name):
-            if entry.is_dir():
-                shutil.copytree(entry, target / entry.name, ignore=shutil.ignore_patterns(*_NOT_COPIED))
-            else:
-                shutil.copy2(entry, target / entry.name)
-
-
-def _publish(result: Path, out: Path, work: Path) -> None:
-    """Moves the finished folder to its place; what stood there goes only then."""
-    replaced = work / "replaced"
-    shutil.rmtree(replaced, ignore_errors=True)
-    if out.exists():
-        os.replace(out, replaced)
-    try:
-        os.replace(result, out)
-    except OSError:
-        if replaced.exists():
-            os.replace(replaced, out)
-        raise
-    shutil.rmtree(work, ignore_errors=True)
 
 
 def _check_single_file(file: Path, base: str | None) -> None:
@@ -583,12 +438,12 @@ def _unpack_single_file(file: Path, base: str, work: Path, dtype: torch.dtype | 
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     part, wanted = denoisers(pipeline)[0], dtype or torch.bfloat16
-    rest = _rest(pipeline, {part})
+    rest = other_components(pipeline, {part})
     weights = sum(math.prod(t.shape) for t in open_checkpoint(file).tensors.values()) * wanted.itemsize
-    _check_disk(work, weights + sum(_size_of(entry) for entry in rest))
+    check_disk(work, weights + sum(size_of(entry) for entry in rest))
     model: Any = load_single_file(file, pipeline, wanted)
-    with _storing(folder):
+    with storing(folder):
         model.save_pretrained(folder / part)
-    _copy(rest, folder)
-    write_atomically(complete, lambda path: _write(path, json.dumps(origin)))
+    copy_entries(rest, folder)
+    write_atomically(complete, lambda path: write_text(path, json.dumps(origin)))
     return folder
