@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -35,13 +34,13 @@ from .pipeline import (
     draw,
     host_memory_for,
     load_pipeline,
-    load_single_file,
     model_class,
     parse_dtype,
     pick_device,
     pipeline_bytes,
     resolve_model,
 )
+from .single_file import check_single_file, origin_of, unpack
 from .work_folder import (
     check_disk,
     check_output,
@@ -96,7 +95,7 @@ def quantize_pipeline(
             " or leave it out"
         )
     if source.is_file():
-        _check_single_file(source, base)
+        check_single_file(source, base)
     elif prompts is not None and not (source / "model_index.json").is_file():
         raise SVDQuantError(f"{source}: is a model without its pipeline; name the pipeline folder, or pass --data-free")
     else:
@@ -112,8 +111,8 @@ def quantize_pipeline(
         origin = None
         if source.is_file():
             assert base is not None
-            origin = _origin(source, base, wanted)
-            source = _unpack_single_file(source, base, work, wanted, origin)
+            origin = origin_of(source, base, wanted)
+            source = unpack(source, base, work, wanted, origin)
         drawing = None
         if prompts is not None:
             drawing = _Drawing(
@@ -405,45 +404,3 @@ def _disk_needed(jobs: dict[str, _Job], config: SVDQuantConfig, drawing: _Drawin
             if drawing.max_memory is not None:
                 needed += job.plan.bytes_before
     return needed
-
-
-def _check_single_file(file: Path, base: str | None) -> None:
-    checkpoint = open_checkpoint(file)
-    if checkpoint.quantization is not None:
-        raise SVDQuantError(f"{file}: is quantized already; start from the 16-bit model")
-    if base is None:
-        raise SVDQuantError(f"{file}: a single file lacks its configuration; name its pipeline with --base")
-    pipeline = resolve_model(base)
-    denoisers(pipeline)
-    check_files(pipeline)
-
-
-def _origin(file: Path, base: str, dtype: torch.dtype | None) -> dict[str, Any]:
-    """What a single file is unpacked from."""
-    stat = file.stat()
-    return {
-        "file": str(file.resolve()),
-        "size": stat.st_size,
-        "mtime_ns": stat.st_mtime_ns,
-        "base": str(resolve_model(base).resolve()),
-        "dtype": str(dtype or torch.bfloat16),
-    }
-
-
-def _unpack_single_file(file: Path, base: str, work: Path, dtype: torch.dtype | None, origin: dict[str, Any]) -> Path:
-    """A single 16-bit .safetensors as a pipeline folder: its denoiser converted by diffusers, the rest of `base`."""
-    folder, pipeline = work / "source", resolve_model(base)
-    complete = folder / "complete"
-    if complete.is_file() and complete.read_text(encoding="utf-8") == json.dumps(origin):
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    part, wanted = denoisers(pipeline)[0], dtype or torch.bfloat16
-    rest = other_components(pipeline, {part})
-    weights = sum(math.prod(t.shape) for t in open_checkpoint(file).tensors.values()) * wanted.itemsize
-    check_disk(work, weights + sum(size_of(entry) for entry in rest))
-    model: Any = load_single_file(file, pipeline, wanted)
-    with storing(folder):
-        model.save_pretrained(folder / part)
-    copy_entries(rest, folder)
-    write_atomically(complete, lambda path: write_text(path, json.dumps(origin)))
-    return folder
