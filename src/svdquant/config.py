@@ -15,6 +15,8 @@ WEIGHTS = ("int4", "nvfp4", "int8")
 ACTIVATIONS = ("auto", "int4", "int8", "fp8", "nvfp4", "none")
 GROUP_SIZES = {"int4": 64, "nvfp4": 16, "int8": 0}
 MAX_RANK = 256
+# Of one stored layer: published checkpoints split an input that is one here, and their two branches then add up.
+MAX_STORED_RANK = 1024
 
 
 class QuantizationMethod(str, Enum):
@@ -32,6 +34,8 @@ class LayerSpec:
     activations: what this layer was solved for, and what "auto" may not raise below ("auto" follows the device).
     unsigned: input-column ranges [start, stop) that follow a GELU: shifted, and unsigned in 4-bit activations.
     rotate: x/s and W·s are rotated by a block-Hadamard of 128 channels.
+    zeros: "w4a16" with int4 weights only: codes are unsigned 0…15 and each group has a zero point (`wzeros`).
+    outer_blocks: nvfp4 only: equal blocks of input columns, each with an outer scale (`wcscales`) of its own.
     """
 
     kind: str = "svdquant"
@@ -42,6 +46,8 @@ class LayerSpec:
     unsigned: tuple[tuple[int, int], ...] = ()
     rotate: bool = False
     smooth: bool = True
+    zeros: bool = False
+    outer_blocks: int = 1
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LayerSpec:

@@ -175,4 +175,4 @@ def test_opcheck(weights, dtype):
 def test_opcheck_of_w4a16(bias, dtype):
     t = reference64.random_tensors(LayerSpec("w4a16", rank=0, smooth=False), 130, 65, bias, dtype)
     x = reference64.random_inputs(t.spec, 3, 130, dtype)
-    torch.library.opcheck(torch.ops.svdquant.w4a16_linear.default, (x, t.qweight, t.wscales, t.bias, "int4"))
+    torch.library.opcheck(torch.ops.svdquant.w4a16_linear.default, (x, t.qweight, t.wscales, None, t.bias, "int4"))

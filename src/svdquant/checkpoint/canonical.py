@@ -21,6 +21,8 @@ from .hub import load_from_hub, looks_like_hub_id
 from .layout import ACCEPTED, METADATA_KEY, Checkpoint, open_checkpoint, parse_config
 from .skeleton import aligned, check_load_dtype, check_tensors, fixed_names, install_layers, set_tensor, stored_dtype
 
+FOREIGN = ("nunchaku", "nunchaku_lite")
+FORMATS = ("svdquant", *FOREIGN)
 _OWN_WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -31,14 +33,16 @@ def load_model(
     *,
     component: str | None = None,
     model: nn.Module | None = None,
+    base: str | Path | None = None,
     **kwargs: Any,
 ) -> Any:
-    """A quantized model, ready to run, in evaluation mode.
+    """A quantized model, ready to run, in evaluation mode. Its format is found out.
 
     path: a model folder, a pipeline folder (then its quantized denoiser, or `component`), a file that `save_model`
-        wrote, or a Hub id.
+        wrote, a Hub id; the same in Nunchaku's formats and diffusers' `nunchaku_lite`; "owner/name/file.safetensors".
     torch_dtype: of the layers in 16 bits, the branch and the biases; None = as saved. Scales keep their stored type.
     model: for a file of a model that is neither diffusers' nor transformers': the unquantized module to load into.
+    base: for the oldest Nunchaku files, which hold transformer blocks alone: the 16-bit pipeline that has the rest.
     kwargs: go to `from_pretrained` where a folder or Hub id is loaded (`revision`, `token`, `device_map`, …).
 
     Raises `SVDQuantError` for whatever is missing, damaged, pickled or newer than this version; nothing is then loaded.
@@ -49,6 +53,8 @@ def load_model(
     else:
         checkpoint = open_checkpoint(path, component)
         _refuse_unquantized(checkpoint)
+        if checkpoint.method in FOREIGN:
+            return _from_nunchaku(checkpoint, torch_dtype, device, base)
         config = parse_config(checkpoint.quantization or {}, checkpoint.path)
         dtype = torch_dtype or stored_dtype(checkpoint.tensors)
         if checkpoint.is_file:
@@ -59,15 +65,21 @@ def load_model(
 
 
 def save_model(model: Any, path: str | Path, format: str = "svdquant", **kwargs: Any) -> Path:
-    """Writes a quantized model: one file where `path` ends in .safetensors, else a folder by `save_pretrained`.
+    """Writes a quantized model: one file where `path` ends in .safetensors, else a folder.
 
-    The files appear under their names only when they are complete. kwargs: go to `save_pretrained`
-    (`max_shard_size`, …). Raises `SVDQuantError` where the model cannot be saved or the disk refuses.
+    format: "svdquant", "nunchaku" (a file with metadata, or the folder of two files) or "nunchaku_lite" (a folder).
+    Neither of the others can hold every svdquant model; `svdquant convert` requantizes where that helps.
+    The files appear under their names only when they are complete. kwargs: go to `save_pretrained` (`max_shard_size`,
+    …); for "nunchaku" `blocks_only=True` leaves out what a 16-bit base has. Raises `SVDQuantError` where the model
+    cannot be saved or the disk refuses.
     """
     path = Path(path)
-    if format != "svdquant":
-        raise SVDQuantError(f"format={format!r} is not one of svdquant")
+    if format not in FORMATS:
+        raise SVDQuantError(f"format={format!r} is not one of {', '.join(FORMATS)}")
     _check_saveable(model)
+    if format != "svdquant":
+        save_foreign(model, path, format, **kwargs)
+        return path
     if path.suffix == ".safetensors":
         _atomically(path, lambda temporary: _write_file(model, temporary))
     elif not hasattr(model, "save_pretrained"):
@@ -75,6 +87,32 @@ def save_model(model: Any, path: str | Path, format: str = "svdquant", **kwargs:
     else:
         _atomically(path, lambda temporary: model.save_pretrained(temporary, **kwargs))
     return path
+
+
+def save_foreign(model: Any, path: Path, format: str, **kwargs: Any) -> list[str]:
+    """`save_model` for the formats of others; returns what could not be held exactly, one sentence each."""
+    from . import nunchaku_lite, nunchaku_save
+
+    notes: list[str] = []
+    if format == "nunchaku":
+        _atomically(path, lambda temporary: notes.extend(nunchaku_save.save(model, temporary, **kwargs)))
+    elif path.suffix == ".safetensors":
+        raise SVDQuantError(f"{path}: nunchaku_lite is a folder; leave out .safetensors")
+    else:
+        _atomically(path, lambda temporary: notes.extend(nunchaku_lite.save(model, temporary)))
+    return notes
+
+
+def _from_nunchaku(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device | str | None, base: str | Path | None
+) -> Any:
+    from . import nunchaku, nunchaku_lite
+
+    dtype = dtype or stored_dtype(checkpoint.tensors)
+    if checkpoint.method == "nunchaku_lite":
+        return nunchaku_lite.load(checkpoint, dtype, device)
+    opened = None if base is None else nunchaku.open_base(base, checkpoint.config.get("_class_name", ""))
+    return nunchaku.load(checkpoint, dtype, device, opened)
 
 
 def _refuse_unquantized(checkpoint: Checkpoint) -> None:
@@ -89,7 +127,7 @@ def _refuse_unquantized(checkpoint: Checkpoint) -> None:
     )
 
 
-def _model_class(library: str, name: str, where: Path) -> Any:
+def model_class(library: str, name: str, where: Path) -> Any:
     if library not in ("diffusers", "transformers"):
         raise SVDQuantError(f"{where}: holds a {name}; pass that module, unquantized, as load_model(..., model=...)")
     import importlib
@@ -101,7 +139,7 @@ def _model_class(library: str, name: str, where: Path) -> Any:
 
 
 def _from_folder(checkpoint: Checkpoint, dtype: torch.dtype, kwargs: dict[str, Any]) -> Any:
-    cls = _model_class(checkpoint.library, checkpoint.model_class, checkpoint.path)
+    cls = model_class(checkpoint.library, checkpoint.model_class, checkpoint.path)
     name = "torch_dtype" if checkpoint.library == "diffusers" else "dtype"
     options = {name: dtype, "use_safetensors": True} | kwargs
     try:
@@ -124,7 +162,10 @@ def _from_file(
 
     if model is None and checkpoint.library == "transformers":
         return _text_encoder(checkpoint, config, dtype)
-    skeleton = _empty_model(checkpoint, dtype) if model is None else model
+    skeleton = model
+    if skeleton is None:
+        cls = model_class(checkpoint.library, checkpoint.model_class, checkpoint.path)
+        skeleton = empty_model(cls, checkpoint.config, dtype)
     fixed = _prepare(skeleton, checkpoint, config)
     keep = tuple(getattr(skeleton, "_keep_in_fp32_modules", None) or ())
     for name, value in load_file(checkpoint.files[0], device=str(device or "cpu")).items():
@@ -140,7 +181,7 @@ def _text_encoder(checkpoint: Checkpoint, config: SVDQuantConfig, dtype: torch.d
     from accelerate import init_empty_weights
     from safetensors.torch import load_file
 
-    cls = _model_class(checkpoint.library, checkpoint.model_class, checkpoint.path)
+    cls = model_class(checkpoint.library, checkpoint.model_class, checkpoint.path)
     with init_empty_weights():
         skeleton = cls(cls.config_class.from_dict(checkpoint.config))
     install_layers(skeleton, config, checkpoint.path)
@@ -166,15 +207,15 @@ def _prepare(skeleton: nn.Module, checkpoint: Checkpoint, config: SVDQuantConfig
     return fixed
 
 
-def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def empty_model(cls: Any, config: dict[str, Any], dtype: torch.dtype) -> Any:
+    """A diffusers model on the meta device, of this floating type; its non-persistent buffers are real."""
     from accelerate import init_empty_weights
 
-    cls = _model_class(checkpoint.library, checkpoint.model_class, checkpoint.path)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with init_empty_weights():
-            return cls.from_config(checkpoint.config)
+            return cls.from_config(config)
     finally:
         torch.set_default_dtype(default)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ BITS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """dtype: as safetensors writes it ("BF16", "U8", …); nbytes: its size in the file."""
+    """dtype: as safetensors writes it ("BF16", "U8", …); nbytes: its size; start: where in `file` it lies."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    start: int = field(default=0, compare=False)
+    file: Path | None = field(default=None, compare=False)
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -47,7 +49,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
         entries = json.loads(raw)
         metadata = entries.pop("__metadata__", None) or {}
-        tensors, ends = _tensors(entries)
+        tensors, ends = _tensors(entries, path, 8 + length)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SVDQuantError(f"{path}: its safetensors header is damaged ({error}); download it again") from error
     expected = 8 + length + ends
@@ -57,7 +59,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return tensors, metadata
 
 
-def _tensors(entries: dict[str, Any]) -> tuple[dict[str, TensorInfo], int]:
+def _tensors(entries: dict[str, Any], file: Path, data: int) -> tuple[dict[str, TensorInfo], int]:
     """Checks each entry, and that the data lie one after another; returns where they end."""
     position, tensors = 0, {}
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
@@ -68,5 +70,5 @@ def _tensors(entries: dict[str, Any]) -> tuple[dict[str, TensorInfo], int]:
             raise ValueError(f"tensor {name} has a negative or fractional size")
         if start != position or (stop - start) * 8 != math.prod(shape) * BITS[dtype]:
             raise ValueError(f"tensor {name} does not lie where its shape says")
-        tensors[name], position = TensorInfo(dtype, shape, stop - start), stop
+        tensors[name], position = TensorInfo(dtype, shape, stop - start, data + start, file), stop
     return {name: tensors[name] for name in entries}, position

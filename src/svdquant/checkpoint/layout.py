@@ -7,11 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import FORMAT_VERSION, LayerSpec, SVDQuantConfig
+from ..config import FORMAT_VERSION, MAX_STORED_RANK, LayerSpec, SVDQuantConfig
 from ..errors import SVDQuantError
 from .header import TensorInfo, read_header
 
 METADATA_KEY = "svdquant"
+# Nunchaku's folders.
+BLOCKS_FILE, REST_FILE, T5_FILE = (
+    "transformer_blocks.safetensors",
+    "unquantized_layers.safetensors",
+    "svdq-t5.safetensors",
+)
 PICKLES = (".pt", ".bin", ".ckpt", ".pth", ".pkl")
 DENOISERS = ("transformer", "unet", "prior", "transformer_2")
 ACCEPTED = "a model folder with config.json, a pipeline folder with model_index.json, a .safetensors file or a Hub id"
@@ -50,7 +56,7 @@ def open_checkpoint(path: str | Path, component: str | None = None) -> Checkpoin
         raise SVDQuantError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     if path.suffix in PICKLES:
         raise SVDQuantError(f"{path}: pickle files can run code; convert to safetensors")
-    if is_file and path.suffix == ".safetensors":
+    if is_file and path.suffix in (".safetensors", ".sft"):
         return _single_file(path)
     if is_file:
         raise SVDQuantError(f"{path}: is not a model; give {ACCEPTED}")
@@ -90,6 +96,8 @@ def _model_folder(path: Path) -> Checkpoint:
         names = sorted(entry.name for entry in path.iterdir())
     except OSError as error:
         raise SVDQuantError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
+    if BLOCKS_FILE in names or T5_FILE in names:
+        return _nunchaku_folder(path, names)
     if config_file.name not in names:
         raise SVDQuantError(f"{path}: has no config.json; give {ACCEPTED}")
     config = read_json(config_file)
@@ -149,6 +157,8 @@ def _shards(index: Path) -> tuple[tuple[Path, ...], dict[str, TensorInfo], dict[
 def _single_file(path: Path) -> Checkpoint:
     tensors, metadata = read_header(path)
     if METADATA_KEY not in metadata:
+        if any(name.endswith(".qweight") for name in tensors):
+            return _nunchaku(path, (path,), {}, tensors, metadata, is_file=True)
         return Checkpoint(path, (path,), {}, None, "", "", tensors, metadata, is_file=True)
     try:
         record = json.loads(metadata[METADATA_KEY])
@@ -158,6 +168,56 @@ def _single_file(path: Path) -> Checkpoint:
         raise SVDQuantError(f"{path}: its {METADATA_KEY} record is damaged ({error}); save the model again") from error
     quantization = _quantization(quantization | {"format_version": version}, path)
     return Checkpoint(path, (path,), config, quantization, library, model_class, tensors, metadata, is_file=True)
+
+
+def _nunchaku_folder(path: Path, names: list[str]) -> Checkpoint:
+    if T5_FILE in names:
+        # The packed linears in one file, the 16-bit rest in others.
+        files = tuple(path / name for name in names if name.endswith(".safetensors"))
+    elif REST_FILE in names:
+        files = (path / BLOCKS_FILE, path / REST_FILE)
+    else:
+        files = (path / BLOCKS_FILE,)
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        found, more = read_header(file)
+        tensors |= found
+        metadata |= more
+    config = read_json(path / "config.json") if "config.json" in names else {}
+    return _nunchaku(path, files, config, tensors, metadata)
+
+
+def _nunchaku(
+    path: Path,
+    files: tuple[Path, ...],
+    config: dict[str, Any],
+    tensors: dict[str, TensorInfo],
+    metadata: dict[str, str],
+    is_file: bool = False,
+) -> Checkpoint:
+    """A checkpoint in one of Nunchaku's containers; the oldest say nothing about themselves."""
+    config = config or _json_metadata(metadata, "config", path)
+    declared = _json_metadata(metadata, "quantization_config", path)
+    name = str(metadata.get("model_class", ""))
+    t5 = "T5" in name or any(n.endswith(".scaled_zeros") for n in tensors)
+    architectures = config.get("architectures") or ["T5EncoderModel"]
+    model_class = str(architectures[0]) if t5 else str(config.get("_class_name") or name)
+    quantization = declared | {"quant_method": "nunchaku"}
+    library = "transformers" if t5 else "diffusers"
+    return Checkpoint(path, files, config, quantization, library, model_class, tensors, metadata, is_file)
+
+
+def _json_metadata(metadata: dict[str, str], key: str, where: Path) -> dict[str, Any]:
+    if key not in metadata:
+        return {}
+    try:
+        data = json.loads(metadata[key])
+    except (ValueError, TypeError) as error:
+        raise SVDQuantError(f"{where}: its metadata {key!r} is not JSON ({error}); download it again") from error
+    if not isinstance(data, dict):
+        raise SVDQuantError(f"{where}: its metadata {key!r} holds no JSON object; download it again")
+    return data
 
 
 def _quantization(data: Any, where: Path) -> dict[str, Any] | None:
@@ -204,15 +264,20 @@ def layer_specs(config: SVDQuantConfig, where: Path | str) -> dict[str, LayerSpe
 
 def spec_is_sound(spec: LayerSpec) -> None:
     """Raises `ValueError` naming the first field of a layer that cannot be."""
-    config = SVDQuantConfig(
-        weights=spec.weights, activations=spec.activations, rank=spec.rank, group_size=spec.group_size
-    )
+    config = SVDQuantConfig(weights=spec.weights, activations=spec.activations, group_size=spec.group_size)
+    if isinstance(spec.rank, bool) or not isinstance(spec.rank, int) or not 0 <= spec.rank <= MAX_STORED_RANK:
+        raise ValueError(f"rank={spec.rank!r}")
     if spec.kind not in ("svdquant", "w4a16"):
         raise ValueError(f"kind={spec.kind!r}")
     if config.weights == "nvfp4" and spec.group_size != 16:
         raise ValueError(f"group_size={spec.group_size}")
     if spec.kind == "w4a16" and spec.weights == "nvfp4":
         raise ValueError("kind='w4a16' with nvfp4 weights")
+    if spec.zeros and (spec.kind != "w4a16" or spec.weights != "int4"):
+        raise ValueError("zeros belong to kind='w4a16' with int4 weights")
+    blocks = spec.outer_blocks
+    if not isinstance(blocks, int) or blocks < 1 or (blocks > 1 and spec.weights != "nvfp4"):
+        raise ValueError(f"outer_blocks={blocks!r}")
     if spec.rotate and spec.unsigned:
         raise ValueError("rotate and unsigned exclude each other")
     if any(not 0 <= start < stop for start, stop in spec.unsigned):

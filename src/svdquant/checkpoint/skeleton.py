@@ -97,7 +97,7 @@ def fixed_names(model: nn.Module) -> set[str]:
     return {
         f"{name}.{tensor}"
         for name, layer in quantized_layers(model).items()
-        for tensor in FIXED_DTYPE
+        for tensor in layer.fixed  # type: ignore[union-attr]
         if getattr(layer, tensor) is not None
     }
 

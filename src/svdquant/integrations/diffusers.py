@@ -24,7 +24,7 @@ from ..checkpoint.skeleton import (
 )
 from ..config import SVDQuantConfig
 from ..errors import SVDQuantError
-from ..nn import FIXED_DTYPE, QUANTIZED
+from ..nn import QUANTIZED
 from . import common
 from .on_load import GroupSolver, solving_device
 
@@ -204,7 +204,8 @@ class SVDQuantQuantizer(DiffusersQuantizer):
 
 def _keeps_type(model: nn.Module, name: str) -> bool:
     module_name, _, leaf = name.rpartition(".")
-    return leaf in FIXED_DTYPE and isinstance(model.get_submodule(module_name), QUANTIZED)
+    module = model.get_submodule(module_name)
+    return isinstance(module, QUANTIZED) and leaf in module.fixed
 
 
 # Where this module is imported before the library's table, importing it is what has loaded that table.

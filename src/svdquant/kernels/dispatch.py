@@ -140,16 +140,28 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _linear.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def w4a16_linear(x: Tensor, qweight: Tensor, wscales: Tensor, bias: Tensor | None, weights: str = "int4") -> Tensor:
-    """y = x·Ŵᵀ + b with 4-bit weights only. x [..., K]; qweight, wscales as in `SVDQuantTensors`. Returns [..., N]."""
-    return torch.ops.svdquant.w4a16_linear(x, qweight, wscales, bias, weights)
+def w4a16_linear(
+    x: Tensor,
+    qweight: Tensor,
+    wscales: Tensor,
+    bias: Tensor | None,
+    weights: str = "int4",
+    wzeros: Tensor | None = None,
+) -> Tensor:
+    """y = x·Ŵᵀ + b with quantized weights only.
+
+    x [..., K]; qweight, wscales, wzeros as in `SVDQuantTensors`. Returns [..., N] in x's type.
+    """
+    return torch.ops.svdquant.w4a16_linear(x, qweight, wscales, wzeros, bias, weights)
 
 
 @torch.library.custom_op("svdquant::w4a16_linear", mutates_args=())
-def _w4a16_linear(x: Tensor, qweight: Tensor, wscales: Tensor, bias: Tensor | None, weights: str) -> Tensor:
+def _w4a16_linear(
+    x: Tensor, qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, bias: Tensor | None, weights: str
+) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     dtype = compute_dtype(x, device_path(x.device).backend)
-    y = reference.w4a16_linear(rows, qweight, wscales, weights, bias, dtype)
+    y = reference.w4a16_linear(rows, qweight, wscales, weights, bias, dtype, wzeros)
     return y.reshape(*x.shape[:-1], qweight.shape[0])
 
 
@@ -159,15 +171,15 @@ def _(x: Tensor, qweight: Tensor, *_args: object) -> Tensor:
 
 
 def _save_w4a16(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, qweight, wscales, _bias, weights = inputs
-    ctx.save_for_backward(qweight, wscales)
+    x, qweight, wscales, wzeros, _bias, weights = inputs
+    ctx.save_for_backward(qweight, wscales, wzeros)
     ctx.in_features, ctx.weights = x.shape[-1], weights
 
 
 def _backward_w4a16(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    qweight, wscales = ctx.saved_tensors
-    weight = dequantize_weight(qweight, wscales, None, ctx.weights, torch.float32)[:, : ctx.in_features]
-    return (grad.float() @ weight).to(grad.dtype), None, None, None, None
+    qweight, wscales, wzeros = ctx.saved_tensors
+    weight = dequantize_weight(qweight, wscales, None, ctx.weights, torch.float32, wzeros)[:, : ctx.in_features]
+    return (grad.float() @ weight).to(grad.dtype), None, None, None, None, None
 
 
 _w4a16_linear.register_autograd(_backward_w4a16, setup_context=_save_w4a16)

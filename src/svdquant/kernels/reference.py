@@ -98,10 +98,16 @@ def svdquant_linear(x: Tensor, tensors: SVDQuantTensors, activations: str, compu
 
 
 def w4a16_linear(
-    x: Tensor, qweight: Tensor, wscales: Tensor, weights: str, bias: Tensor | None, compute_dtype: torch.dtype
+    x: Tensor,
+    qweight: Tensor,
+    wscales: Tensor,
+    weights: str,
+    bias: Tensor | None,
+    compute_dtype: torch.dtype,
+    wzeros: Tensor | None = None,
 ) -> Tensor:
     """y = x·Ŵᵀ + b for x [M, K]; weights only are quantized. Returns [M, N] in x's type."""
-    weight = dequantize_weight(qweight, wscales, None, weights, compute_dtype)[:, : x.shape[1]]
+    weight = dequantize_weight(qweight, wscales, None, weights, compute_dtype, wzeros)[:, : x.shape[1]]
     y = linear_rows(x.to(compute_dtype), weight)
     if bias is not None:
         y = y.float() + bias.float()

@@ -14,7 +14,7 @@ from ..kernels import svdquant_linear, w4a16_linear
 from ..numerics import FORMATS, SVDQuantTensors, groups_of, padded_columns
 
 # These keep the type they were stored in, whatever the model is cast to: a scale in another type is another weight.
-FIXED_DTYPE = ("qweight", "wscales", "wcscales", "smooth_factor")
+FIXED_DTYPE = ("qweight", "wscales", "wcscales", "wzeros", "smooth_factor")
 TENSOR_NAMES = (*FIXED_DTYPE, "proj_down", "proj_up", "bias")
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -44,7 +44,9 @@ def empty_tensors(
         torch.float8_e4m3fn if nvfp4 else dtype,
     )
     if nvfp4:
-        shapes["wcscales"] = ((out_features,), dtype)
+        shapes["wcscales"] = ((out_features,) if spec.outer_blocks == 1 else (out_features, spec.outer_blocks), dtype)
+    if spec.zeros:
+        shapes["wzeros"] = shapes["wscales"]
     return {name: torch.empty(shape, dtype=t, device=device) for name, (shape, t) in shapes.items()}
 
 
@@ -55,35 +57,30 @@ class QuantizedMixin:
     in_features: int
     out_features: int
     activations: str
+    compute_dtype: torch.dtype
+    fixed: tuple[str, ...] = FIXED_DTYPE
 
-    def _init_storage(self, tensors: dict[str, Tensor]) -> None:
+    def _init_storage(self, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> None:
         module: Any = self
-        for name in ("proj_down", "proj_up", "bias", "smooth_factor", "qweight", "wscales", "wcscales"):
+        for name in ("proj_down", "proj_up", "bias", "smooth_factor", "qweight", "wscales", "wcscales", "wzeros"):
             value = tensors.get(name)
             parameter = None if value is None else nn.Parameter(value, requires_grad=False)
             module.register_parameter(name, parameter)
+        casts = [t.dtype for n in ("proj_up", "bias") if n not in self.fixed and (t := tensors.get(n)) is not None]
+        kept = [t.dtype for n in ("smooth_factor", "wscales", "wcscales") if (t := tensors.get(n)) is not None]
+        # Not read off a parameter later: a layer without branch and bias has none that follows a cast of the model.
+        self.compute_dtype = [*casts, *([dtype] if dtype else []), *(t for t in kept if t not in _FLOAT8)][0]
 
     @property
     def weight(self) -> Tensor:
         """Shape, type and device of the dense weight, one NaN behind them: code that computes with it fails visibly."""
-        view = self._weight_like().expand(*self._weight_shape())
+        one = torch.full((1,), float("nan"), dtype=self.compute_dtype, device=self.qweight.device)  # type: ignore[attr-defined]
+        view = one.expand(*self._weight_shape())
         view._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers must not initialise it
         return view
 
-    def _weight_like(self) -> Tensor:
-        module: Any = self
-        for name in ("proj_up", "bias", "smooth_factor", "wcscales", "wscales"):
-            value = getattr(module, name)
-            if value is not None:
-                return value.detach().new_full((1,), float("nan"))
-        raise AssertionError("a quantized layer always has scales")
-
     def _weight_shape(self) -> tuple[int, ...]:
         return (self.out_features, self.in_features)
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return self._weight_like().dtype
 
     def tensors(self) -> SVDQuantTensors:
         """The record behind this layer; it shares the parameters' storage."""
@@ -99,8 +96,10 @@ class QuantizedMixin:
                     "a quantized layer's scales and low-rank branch cannot be stored in 8 bits; leave svdquant models "
                     "out of layerwise casting"
                 )
-        originals = {name: p.data for name in FIXED_DTYPE if (p := getattr(self, name)) is not None}
+        dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=module.qweight.device)).dtype
+        originals = {name: p.data for name in self.fixed if (p := getattr(self, name)) is not None}
         super()._apply(fn, recurse)  # type: ignore[misc]
+        self.compute_dtype = dtype
         for name, original in originals.items():
             parameter = getattr(self, name)
             if parameter.dtype != original.dtype:
@@ -147,17 +146,18 @@ class SVDQuantLinear(QuantizedMixin, nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.spec = spec or LayerSpec()
         self.activations = "auto"
-        self._init_storage(empty_tensors(in_features, out_features, bias, self.spec, dtype or torch.bfloat16, device))
+        dtype = dtype or torch.bfloat16
+        self._init_storage(empty_tensors(in_features, out_features, bias, self.spec, dtype, device), dtype)
 
     @classmethod
-    def from_tensors(cls, tensors: SVDQuantTensors) -> SVDQuantLinear:
-        """A layer around existing tensors, without copying them."""
+    def from_tensors(cls, tensors: SVDQuantTensors, dtype: torch.dtype | None = None) -> SVDQuantLinear:
+        """A layer around existing tensors, without copying them. dtype: of the model; None reads it off the tensors."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = tensors.in_features, tensors.out_features
         layer.spec = tensors.spec
         layer.activations = "auto"
-        layer._init_storage(tensors.named())
+        layer._init_storage(tensors.named(), dtype)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -165,16 +165,19 @@ class SVDQuantLinear(QuantizedMixin, nn.Linear):
 
 
 class W4A16Linear(SVDQuantLinear):
-    """y = x·Ŵᵀ + b with 4-bit weights and 16-bit activations, for linears of few rows (AdaLN modulation)."""
+    """y = x·Ŵᵀ + b with 4-bit weights and 16-bit activations: AdaLN modulation (few rows), text encoders."""
+
+    # Published files add 1 to a modulation's bias; taken out again, it may need more bits than the model has.
+    fixed = (*FIXED_DTYPE, "bias")
 
     def forward(self, x: Tensor) -> Tensor:
-        return w4a16_linear(x, self.qweight, self.wscales, self.bias, self.spec.weights)
+        return w4a16_linear(x, self.qweight, self.wscales, self.bias, self.spec.weights, self.wzeros)
 
 
 class SVDQuantConv2d(QuantizedMixin, nn.Conv2d):
     """A 1×1 convolution as the linear that it is: one product per pixel. x [B, C, H, W] or [C, H, W]."""
 
-    def __init__(self, tensors: SVDQuantTensors) -> None:
+    def __init__(self, tensors: SVDQuantTensors, dtype: torch.dtype | None = None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = tensors.in_features, tensors.out_features
         self.in_channels, self.out_channels = tensors.in_features, tensors.out_features
@@ -182,11 +185,11 @@ class SVDQuantConv2d(QuantizedMixin, nn.Conv2d):
         self.padding, self.groups, self.padding_mode = (0, 0), 1, "zeros"
         self.spec = tensors.spec
         self.activations = "auto"
-        self._init_storage(tensors.named())
+        self._init_storage(tensors.named(), dtype)
 
     @classmethod
-    def from_tensors(cls, tensors: SVDQuantTensors) -> SVDQuantConv2d:
-        return cls(tensors)
+    def from_tensors(cls, tensors: SVDQuantTensors, dtype: torch.dtype | None = None) -> SVDQuantConv2d:
+        return cls(tensors, dtype)
 
     def _weight_shape(self) -> tuple[int, ...]:
         return (self.out_features, self.in_features, 1, 1)
@@ -219,10 +222,11 @@ def is_pointwise_conv(module: nn.Module) -> bool:
 
 def make_layer(original: nn.Module, tensors: SVDQuantTensors) -> nn.Module:
     """The quantized layer that takes the place of `original`."""
+    dtype: torch.dtype = original.weight.dtype  # type: ignore[assignment,union-attr]
     if isinstance(original, nn.Conv2d):
-        return SVDQuantConv2d.from_tensors(tensors)
+        return SVDQuantConv2d.from_tensors(tensors, dtype)
     cls = W4A16Linear if tensors.spec.kind == "w4a16" else SVDQuantLinear
-    return cls.from_tensors(tensors)
+    return cls.from_tensors(tensors, dtype)
 
 
 def empty_layer(original: nn.Module, spec: LayerSpec, dtype: torch.dtype) -> nn.Module:

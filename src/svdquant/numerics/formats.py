@@ -28,9 +28,12 @@ class WeightFormat:
 
 
 def effective_scales(wscales: Tensor, wcscales: Tensor | None) -> Tensor:
-    """Group scale times outer scale, float32 [N, groups]."""
+    """Group scale times outer scale ([N], or [N, B] of B equal blocks of columns), float32 [N, groups]."""
     scales = wscales.float()
-    return scales if wcscales is None else scales * wcscales.float()[:, None]
+    if wcscales is None:
+        return scales
+    outer = wcscales.float().reshape(scales.shape[0], -1)
+    return (grouped(scales, outer.shape[1]) * outer[..., None]).flatten(-2)
 
 
 def grouped(x: Tensor, groups: int) -> Tensor:

@@ -56,6 +56,14 @@ def unpack(qweight: Tensor, dtype: torch.dtype) -> Tensor:
     return unpack_nibbles(qweight, _VALUES, dtype)
 
 
+_UNSIGNED_VALUES = tuple(float(n) for n in range(16))
+
+
+def unpack_unsigned(qweight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes 0…15 of weights with zero points; uint8 [N, K/2] to [N, K] in `dtype`."""
+    return unpack_nibbles(qweight, _UNSIGNED_VALUES, dtype)
+
+
 def fake_quantize_activation(h: Tensor, group_size: int, unsigned: Tensor | None, scale_dtype: torch.dtype) -> Tensor:
     """Quantizes and dequantizes per token and group.
 

@@ -34,7 +34,9 @@ class SVDQuantTensors:
     """y = Q(x/s)·Ŵᵀ + (x·Dᵀ)·Uᵀ + b.
 
     qweight: uint8 [N, Kp/2] (int4, nvfp4; low nibble first) or int8 [N, Kp] (int8); Kp as of `padded_columns`.
-    wscales: [N, Kp/group] in 16 bits, e4m3 for nvfp4. wcscales: [N], nvfp4's outer scale, else None.
+    wscales: [N, Kp/group] in 16 bits, e4m3 for nvfp4. wcscales: nvfp4's outer scale, [N], or [N, B] where each of B equal
+        blocks of columns has its own; else None.
+    wzeros: [N, Kp/group] where `spec.zeros`: weight = code·scale + zero with codes 0…15; else None.
     smooth_factor: s [K], the divisor of x; None = ones.
     proj_down: D [rank, K], takes the raw x; proj_up: U [N, rank]; None at rank 0.
     bias: [N] or None; where `spec.unsigned` names columns it already holds −Ŵ·(shift/s) for them, because Ŵ then
@@ -50,6 +52,7 @@ class SVDQuantTensors:
     proj_down: Tensor | None = None
     proj_up: Tensor | None = None
     bias: Tensor | None = None
+    wzeros: Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -68,7 +71,7 @@ class SVDQuantTensors:
 
     def residual(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Ŵ [N, Kp] dequantized, in smoothed (and rotated) coordinates."""
-        return dequantize_weight(self.qweight, self.wscales, self.wcscales, self.spec.weights, dtype)
+        return dequantize_weight(self.qweight, self.wscales, self.wcscales, self.spec.weights, dtype, self.wzeros)
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         """The linear that these tensors mean when activations are not quantized: float32 weight [N, K] and bias."""
@@ -88,12 +91,20 @@ class SVDQuantTensors:
 
 
 def dequantize_weight(
-    qweight: Tensor, wscales: Tensor, wcscales: Tensor | None, weights: str, dtype: torch.dtype
+    qweight: Tensor,
+    wscales: Tensor,
+    wcscales: Tensor | None,
+    weights: str,
+    dtype: torch.dtype,
+    wzeros: Tensor | None = None,
 ) -> Tensor:
-    """Stored weight to [N, Kp] in `dtype`; values and scales are multiplied in that type."""
-    values = FORMATS[weights].unpack(qweight, dtype)
+    """Stored weight to [N, Kp] in `dtype`; values and scales are multiplied (and zeros added) in that type."""
+    values = FORMATS[weights].unpack(qweight, dtype) if wzeros is None else int4.unpack_unsigned(qweight, dtype)
     scales = effective_scales(wscales, wcscales).to(dtype)
-    return (grouped(values, scales.shape[-1]) * scales[..., None]).flatten(-2)
+    groups = grouped(values, scales.shape[-1])
+    if wzeros is not None:
+        return torch.addcmul(wzeros.to(dtype)[..., None], groups, scales[..., None]).flatten(-2)
+    return (groups * scales[..., None]).flatten(-2)
 
 
 def quantize_weight(
