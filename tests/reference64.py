@@ -124,14 +124,24 @@ def quantize_activation(
     g = groups(np.pad(h, ((0, 0), (0, -h.shape[1] % group))), group)
     amax = np.abs(g).max(-1, keepdims=True)
     if activations == "nvfp4":
-        scale = e4m3(round_to(np.minimum(amax / 6, 448), torch.float32))
-        return e2m1(g / nonzero(scale)), scale
+        exact = np.minimum(_divide(amax, np.array(6.0)), 448)
+        return e2m1(_divide(g, nonzero(exact))), e4m3(exact)
     high = np.full((1, g.shape[1], 1), 7.0)
     low = -high
     if unsigned is not None:
         high[0, unsigned], low[0, unsigned] = 15, 0
-    scale = nonzero(round_to(amax / high, dtype))
-    return np.clip(np.rint(g / scale), low, high), scale
+    # The code is that of the exact scale; only the stored one is rounded.
+    exact = nonzero(_divide(amax, high))
+    return np.clip(np.rint(_divide(g, exact)), low, high), round_to(exact, dtype)
+
+
+def _own_type(h: np.ndarray, activations: str, dtype: torch.dtype) -> np.ndarray:
+    """4-bit codes are those of h in the model's own type."""
+    return round_to(h, dtype) if activations in ("int4", "nvfp4") and dtype != torch.float32 else h
+
+
+def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a.astype(np.float32) / b.astype(np.float32)).astype(np.float64)
 
 
 @dataclass
@@ -171,7 +181,9 @@ class Layer:
             return x @ weight.T + bias, np.ones(len(x), bool)
         shift = self.shift()
         four = activations == "int4"
-        h = self.stretched((x + shift if four else x) / self.smooth)
+        # Single operations of float32 are exact to the bit everywhere; only sums are not.
+        h = (x + shift if four else x).astype(np.float32) / self.smooth.astype(np.float32)
+        h = self.stretched(h.astype(np.float64))
         same = self.spec.weights == activations and self.spec.group_size
         group = self.spec.group_size if same else ACTIVATION_GROUP.get(activations, 0)
         unsigned = None
@@ -179,8 +191,10 @@ class Layer:
             columns = -(-h.shape[1] // group) * group
             marked = np.pad(shift, (0, columns - len(shift))) > 0
             unsigned = marked.reshape(-1, group).any(1)
-        codes, scale = quantize_activation(h, activations, group, unsigned, dtype)
-        certain = self._certain(h, activations, group, unsigned, dtype)
+        codes, scale = quantize_activation(_own_type(h, activations, dtype), activations, group, unsigned, dtype)
+        certain = np.ones(len(x), bool)
+        if self.spec.rotate or activations not in ("int4", "nvfp4"):
+            certain = self._certain(h, activations, group, unsigned, dtype)
         quantized = (codes * scale).reshape(len(x), -1)[:, : h.shape[1]]
         if not four:
             quantized = quantized + self.stretched((shift / self.smooth)[None])
@@ -191,7 +205,9 @@ class Layer:
         signs = np.random.default_rng(0).choice([-1.0, 1.0], h.shape)
         # A rotation adds up 128 channels, so its rounding errors are those of the largest.
         step = _AMBIGUOUS * signs * (np.abs(h).max(1, keepdims=True) * (h != 0) / 4 if self.spec.rotate else np.abs(h))
-        (more, more_scale), (less, less_scale) = (quantize_activation(h + e, *how) for e in (step, -step))
+        (more, more_scale), (less, less_scale) = (
+            quantize_activation(_own_type(h + e, how[0], how[-1]), *how) for e in (step, -step)
+        )
         moved = (more != less) | (np.abs(more_scale - less_scale) > 1e-4 * more_scale)
         return ~moved.reshape(len(h), -1).any(1)
 

@@ -16,6 +16,7 @@ from .errors import SVDQuantError
 if TYPE_CHECKING:
     from .checkpoint import load_model, save_model
     from .integrations import quantize
+    from .integrations.pipeline import load_pipeline
     from .nn import SVDQuantLinear, W4A16Linear, set_activations
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "quantize": "integrations",
     "load_model": "checkpoint",
+    "load_pipeline": "integrations.pipeline",
     "save_model": "checkpoint",
     "set_activations": "nn",
     "SVDQuantLinear": "nn",
@@ -37,6 +39,7 @@ __all__ = [
     "W4A16Linear",
     "__version__",
     "load_model",
+    "load_pipeline",
     "quantize",
     "save_model",
     "set_activations",

@@ -162,7 +162,8 @@ def test_file_of_someone_else(tmp_path):
     save_file({"w": torch.zeros(4)}, tmp_path / "other.safetensors")
     refused(tmp_path / "other.safetensors", "no svdquant record", inspected=False)
     save_file({"a.qweight": torch.zeros(4, dtype=torch.int8)}, tmp_path / "packed.safetensors")
-    assert inspect(tmp_path / "packed.safetensors").format == "unknown"
+    assert inspect(tmp_path / "packed.safetensors").format == "nunchaku"
+    refused(tmp_path / "packed.safetensors", "does not say which model", inspected=False)
 
 
 def test_record(file):

@@ -19,6 +19,7 @@ from ..errors import SVDQuantError
 from ..nn import quantized_layers, replace_module
 from .hub import load_from_hub, looks_like_hub_id
 from .layout import ACCEPTED, METADATA_KEY, Checkpoint, open_checkpoint, parse_config
+from .mapped import MappedTensors
 from .skeleton import aligned, check_load_dtype, check_tensors, fixed_names, install_layers, set_tensor, stored_dtype
 
 FOREIGN = ("nunchaku", "nunchaku_lite")
@@ -158,8 +159,6 @@ def _from_file(
     device: torch.device | str | None,
     model: nn.Module | None,
 ) -> Any:
-    from safetensors.torch import load_file
-
     if model is None and checkpoint.library == "transformers":
         return _text_encoder(checkpoint, config, dtype)
     skeleton = model
@@ -168,8 +167,10 @@ def _from_file(
         skeleton = empty_model(cls, checkpoint.config, dtype)
     fixed = _prepare(skeleton, checkpoint, config)
     keep = tuple(getattr(skeleton, "_keep_in_fp32_modules", None) or ())
-    for name, value in load_file(checkpoint.files[0], device=str(device or "cpu")).items():
-        set_tensor(skeleton, name, _cast(name, value, dtype, name in fixed, keep))
+    with MappedTensors(checkpoint.tensors) as file:
+        for name in checkpoint.tensors:
+            value = _cast(name, file.get(name), dtype, name in fixed, keep)
+            set_tensor(skeleton, name, value if device is None else value.to(device))
     if model is None:
         from ..integrations import attach
 

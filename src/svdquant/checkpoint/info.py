@@ -8,10 +8,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .layout import open_checkpoint, parse_config
+from ..config import LayerSpec
+from .layout import Checkpoint, layer_specs, open_checkpoint, parse_config
+from .nunchaku import layer_names
+from .nunchaku_layouts import STOCK_CLASSES
+from .skeleton import stored_dtype
 
-_QUANTIZED = ("qweight", "wscales", "wcscales", "smooth_factor")
-_LOW_RANK = ("proj_down", "proj_up")
+_LOW_RANK = ("proj_down", "proj_up", "lora_down", "lora_up")
+_QUANTIZED = (
+    "qweight", "wscales", "wzeros", "wcscales", "wtscale", "scales", "scaled_zeros",
+    "smooth_factor", "smooth_factor_orig", "smooth", "smooth_orig",
+)  # fmt: skip
+_FOREIGN = ("nunchaku", "nunchaku_lite")
+_BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 
 
 @dataclass(frozen=True)
@@ -19,7 +28,10 @@ class CheckpointInfo:
     """What `inspect` found; sizes in bytes.
 
     format: "svdquant", another quant_method, "unquantized", or "unknown" for packed weights of another format.
-    layers: kind → stored weights → number of layers. activations, ranks: of the layers of kind "svdquant".
+    container: "file" or "folder", with ", blocks only" where a 16-bit model has to provide the rest.
+    weights: stored precision of the W4A4 layers, of the others where there are none. half: type of what is in 16 bits.
+    layers: kind → stored weights → number of layers as the file has them (in Nunchaku's, q, k and v are one).
+    activations, ranks: of the layers of kind "svdquant"; only svdquant says which activations it was solved for.
     quantized_bytes: packed weights, scales and smoothing of the quantized layers; low_rank_bytes: their branches;
     other_bytes: the rest, biases included. dtypes: type as safetensors names it → number of tensors.
     """
@@ -40,6 +52,9 @@ class CheckpointInfo:
     other_bytes: int = 0
     total_bytes: int = 0
     dtypes: dict[str, int] = field(default_factory=dict)
+    container: str = "folder"
+    weights: str = ""
+    half: str = ""
 
     @property
     def quantized_layers(self) -> int:
@@ -58,32 +73,33 @@ def inspect(path: str | Path, component: str | None = None) -> CheckpointInfo:
     Reads JSON and headers only. Raises `SVDQuantError` as `load_model` does, but not for an unquantized model.
     """
     checkpoint = open_checkpoint(path, component)
-    sizes: Counter[str] = Counter()
     method = checkpoint.method
     config = parse_config(checkpoint.quantization or {}, checkpoint.path) if method == "svdquant" else None
+    specs = stored_layers(checkpoint)
+    sizes: Counter[str] = Counter()
     for name, info in checkpoint.tensors.items():
         module, _, leaf = name.rpartition(".")
-        ours = config is not None and module in (config.layers or {})
+        ours = module in specs
         what = "quantized" if ours and leaf in _QUANTIZED else "low_rank" if ours and leaf in _LOW_RANK else "other"
         sizes[what] += info.nbytes
     layers: dict[str, Counter[str]] = {}
     activations: Counter[str] = Counter()
     ranks: Counter[int] = Counter()
     rotated = 0
-    for name in (config.layers or {}) if config else ():
-        spec = config.layer_spec(name)  # type: ignore[union-attr]
+    for spec in specs.values():
         layers.setdefault(spec.kind, Counter())[spec.weights] += 1
         if spec.kind == "svdquant":
-            activations[spec.activations] += 1
             ranks[spec.rank] += 1
             rotated += spec.rotate
+            if config is not None:
+                activations[spec.activations] += 1
     packed = any(name.endswith(".qweight") for name in checkpoint.tensors)
     return CheckpointInfo(
         path=str(checkpoint.path),
         format=method or ("unknown" if packed else "unquantized"),
         format_version=config.format_version if config else None,
         library=checkpoint.library,
-        model_class=checkpoint.model_class,
+        model_class=_class_of(checkpoint),
         files=len(checkpoint.files),
         layers={kind: dict(by_weights) for kind, by_weights in layers.items()},
         activations=dict(activations),
@@ -95,4 +111,30 @@ def inspect(path: str | Path, component: str | None = None) -> CheckpointInfo:
         other_bytes=sizes["other"],
         total_bytes=sum(sizes.values()),
         dtypes=dict(Counter(info.dtype for info in checkpoint.tensors.values())),
+        container=_container(checkpoint),
+        weights=" and ".join(sorted(layers.get("svdquant") or layers.get("w4a16") or ())),
+        half=str(stored_dtype(checkpoint.tensors)).removeprefix("torch."),
     )
+
+
+def stored_layers(checkpoint: Checkpoint) -> dict[str, LayerSpec]:
+    """Name in the file → stored form of each quantized layer, from the headers; empty for what is not readable here."""
+    if checkpoint.method == "svdquant":
+        return layer_specs(parse_config(checkpoint.quantization or {}, checkpoint.path), checkpoint.path)
+    return layer_names(checkpoint) if checkpoint.method in _FOREIGN else {}
+
+
+def _container(checkpoint: Checkpoint) -> str:
+    kind = "file" if checkpoint.is_file else "folder"
+    partial = checkpoint.method == "nunchaku" and all(name.startswith(_BLOCKS) for name in checkpoint.tensors)
+    return f"{kind}, blocks only" if partial else kind
+
+
+def _class_of(checkpoint: Checkpoint) -> str:
+    """The stock class; of the oldest files, which do not name it, as far as their layers tell."""
+    name = checkpoint.model_class
+    if not name and "single_transformer_blocks.0.qkv_proj.qweight" in checkpoint.tensors:
+        name = "FluxTransformer2DModel"
+    if not name and "transformer_blocks.0.ff.inverted_conv.qweight" in checkpoint.tensors:
+        name = "SanaTransformer2DModel"
+    return STOCK_CLASSES.get(name, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from .header import TensorInfo
 from .layout import Checkpoint, open_checkpoint
 from .mapped import MappedTensors
 from .nunchaku_check import check_linear, check_plain, common_rank, precision_of
-from .nunchaku_layouts import STOCK_CLASSES, Layout, StoredLinear, StoredTensor, layout_of
-from .nunchaku_linear import LEAVES, T5, join_columns, read_linear, split_rows
+from .nunchaku_layouts import STOCK_CLASSES, Layout, Piece, StoredLinear, StoredTensor, layout_of
+from .nunchaku_linear import LEAVES, join_columns, read_linear, split_rows
 from .skeleton import aligned, set_tensor
 
 __all__ = ["load", "read_linear"]
@@ -160,12 +161,14 @@ def _check(
     for name in plain:
         check_plain(name, tuple(state[name].shape), found | rest, checkpoint.path)
         used.add(name)
-    for name in sorted(found.keys() - used):
-        if not any(re.search(pattern, name) for pattern in layout.ignored):
-            raise SVDQuantError(
-                f"{checkpoint.path}: tensor {name} belongs to no layer of {type(skeleton).__name__}; it was made for "
-                "another model, or for a newer version of its format"
-            )
+    extra = [n for n in sorted(found.keys() - used) if not any(re.search(pattern, n) for pattern in layout.ignored)]
+    if extra:
+        # Nunchaku ignores them too; everything that the model needs is there.
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        warnings.warn(
+            f"{checkpoint.path}: tensor {extra[0]}{more} fits no layer of {type(skeleton).__name__} and is left out",
+            stacklevel=2,
+        )
 
 
 def _read(
@@ -181,7 +184,17 @@ def _read(
         columns = (width if piece.stop is None else piece.stop) - piece.start
         pieces.append(read_linear(tensors, total, columns, unsigned and piece.unsigned, linear.chunks, rows))
     keep = [module.bias is not None for module in modules]
-    return list(zip(linear.members, split_rows(join_columns(pieces), sizes, keep), strict=True))
+    records = split_rows(join_columns(pieces), sizes, keep)
+    for record, wanted in zip(records, keep, strict=True):
+        if wanted and record.bias is None:
+            # Nunchaku adds none here; the stock module has one.
+            record.bias = record.wscales.new_zeros(record.out_features, dtype=_half_of(record))
+    return list(zip(linear.members, records, strict=True))
+
+
+def _half_of(record: SVDQuantTensors) -> torch.dtype:
+    smooth = record.smooth_factor
+    return record.wscales.dtype if smooth is None else smooth.dtype
 
 
 def in_features(module: Any) -> int:
@@ -261,7 +274,7 @@ def _load_text_encoder(checkpoint: Checkpoint, dtype: torch.dtype, device: Any) 
     found, state = checkpoint.tensors, model.state_dict()
     absent = {name for name in {*tied, *tied.values()} if name not in found}
     plain = [n for n in state if n.rpartition(".")[0] not in linears and n not in absent]
-    layers = [StoredLinear((name,), (_piece(name),), kind="w4a16") for name in linears]
+    layers = [StoredLinear((name,), (Piece(name),), kind="w4a16") for name in linears]
     used = {f"{name}.weight" for name in linears}
     for layer in layers:
         used |= check_linear(layer, model, checkpoint, "int4", 0)
@@ -284,12 +297,6 @@ def _load_text_encoder(checkpoint: Checkpoint, dtype: torch.dtype, device: Any) 
     return _finish(model, checkpoint)
 
 
-def _piece(name: str) -> Any:
-    from .nunchaku_layouts import Piece
-
-    return Piece(name)
-
-
 def layer_names(checkpoint: Checkpoint) -> dict[str, LayerSpec]:
     """The packed linears of a file under its own names, from the headers alone."""
     specs = {}
@@ -307,6 +314,3 @@ def layer_names(checkpoint: Checkpoint) -> dict[str, LayerSpec]:
         rank = down.shape[1] if down is not None and len(down.shape) == 2 else 0
         specs[layer] = LayerSpec(weights="nvfp4" if nvfp4 else "int4", group_size=16 if nvfp4 else 64, rank=rank)
     return specs
-
-
-assert set(T5) <= LEAVES

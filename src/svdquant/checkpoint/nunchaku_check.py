@@ -116,6 +116,9 @@ class _Checker:
         self.leaves: set[str] = set()
 
     def missing(self, leaf: str) -> None:
+        old = {new: name for name, new in LEGACY.items()}
+        if leaf in old and any(name.endswith((".lora_down", ".smooth")) for name in self.found):
+            leaf = old[leaf]
         raise SVDQuantError(f"{self.path}: tensor {self.layer}.{leaf} is missing; download it again")
 
     def required(self, leaf: str, shapes: list[tuple[int, ...]], types: tuple[str, ...]) -> None:

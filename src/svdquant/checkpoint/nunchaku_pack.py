@@ -186,6 +186,14 @@ def _write_outer(
     return {"wcscales": packing.pack_vector(of_rows(outer.to(half), 1))}
 
 
+def rounded_outer(record: SVDQuantTensors, fused: bool) -> float:
+    """What 16 bits take from outer scales that are products of two, relative, at most."""
+    outer = record.wcscales
+    if outer is None or outer.dtype != torch.float32 or (not fused and bool((outer == outer[0]).all())):
+        return 0.0
+    return float(((outer.to(_half(record)).float() - outer) / outer).abs().max())
+
+
 def unfit(record: SVDQuantTensors, cut: bool = False) -> str:
     """Why a record cannot be written as a packed W4A4 layer; empty if it can. cut: between its column blocks."""
     spec = record.spec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .nunchaku_layouts import Layout, Piece, StoredLinear, StoredTensor, layout_
 from .nunchaku_linear import LEAVES
 from .nunchaku_pack import (
     rounded_bias,
+    rounded_outer,
     stack_rows,
     take_columns,
     unfit,
@@ -91,6 +93,7 @@ class Notes:
     def __init__(self) -> None:
         self.units: list[float] = []
         self.shifts = 0
+        self.outer: list[float] = []
 
     def sentences(self) -> list[str]:
         out = []
@@ -101,6 +104,11 @@ class Notes:
             )
         if self.shifts:
             out.append(f"the shift after a GELU was moved into or out of the rounded bias of {self.shifts} layers")
+        if self.outer:
+            out.append(
+                f"the outer scales of {len(self.outer)} layers, products of two, are rounded by at most "
+                f"{max(self.outer):.2g} of their value"
+            )
         return out
 
 
@@ -123,7 +131,7 @@ def check(layout: Layout, records: Records, model: nn.Module) -> None:
     if len(kinds) > 1:
         raise SVDQuantError(f"the model has int4 and nvfp4 layers, the format holds one of them; {remedy}")
     if "nvfp4" in kinds and not layout.nvfp4:
-        raise SVDQuantError(f"Nunchaku has no nvfp4 {type(model).__name__}; {remedy} to int4")
+        raise SVDQuantError(f"Nunchaku has no nvfp4 {type(model).__name__}; convert it with --weights int4")
 
 
 def _compose(linear: StoredLinear, records: Records) -> list[tuple[Piece, SVDQuantTensors]]:
@@ -160,8 +168,12 @@ def _write_blocks(
                 packed = write_w4a16(record, linear.chunks)
             else:
                 unsigned = piece.unsigned and record.spec.weights == "int4"
+                if not linear.bias and record.bias is not None and not bool(record.bias.any()):
+                    record = replace(record, bias=None)
                 shifted = with_shift(record, unsigned)
                 notes.shifts += shifted is not record
+                if off := rounded_outer(record, len(linear.members) > 1):
+                    notes.outer.append(off)
                 packed = write_linear(shifted, rank, layout.legacy, linear.rows, fused=len(linear.members) > 1)
             for leaf, value in packed.items():
                 file.add(f"{piece.name}.{leaf}", value)

@@ -65,6 +65,10 @@ def quantize_activation(h: Tensor, spec: LayerSpec, activations: str, dtype: tor
         return int8.fake_quantize_activation(h)
     if activations == "fp8":
         return fp8.fake_quantize_activation(h)
+    half = dtype in (torch.bfloat16, torch.float16)
+    if half:
+        # As the published kernels: 4-bit codes are those of x/s in the model's own type.
+        h = h.to(dtype).float()
     # The weight's own group where it is of the same format.
     same = spec.weights == activations and spec.group_size
     group = spec.group_size if same else ACTIVATION_GROUP[activations]
@@ -76,8 +80,7 @@ def quantize_activation(h: Tensor, spec: LayerSpec, activations: str, dtype: tor
         unsigned = torch.zeros(padded.shape[1] // group, dtype=torch.bool, device=h.device)
         for start, stop in spec.unsigned:
             unsigned[start // group : -(-stop // group)] = True
-    scale_dtype = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
-    return int4.fake_quantize_activation(padded, group, unsigned, scale_dtype)[:, : h.shape[1]]
+    return int4.fake_quantize_activation(padded, group, unsigned, dtype if half else torch.float32)[:, : h.shape[1]]
 
 
 def svdquant_linear(x: Tensor, tensors: SVDQuantTensors, activations: str, compute_dtype: torch.dtype) -> Tensor:

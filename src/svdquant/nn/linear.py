@@ -57,7 +57,7 @@ class QuantizedMixin:
     in_features: int
     out_features: int
     activations: str
-    compute_dtype: torch.dtype
+    _dtype: torch.dtype
     fixed: tuple[str, ...] = FIXED_DTYPE
 
     def _init_storage(self, tensors: dict[str, Tensor], dtype: torch.dtype | None) -> None:
@@ -66,10 +66,15 @@ class QuantizedMixin:
             value = tensors.get(name)
             parameter = None if value is None else nn.Parameter(value, requires_grad=False)
             module.register_parameter(name, parameter)
-        casts = [t.dtype for n in ("proj_up", "bias") if n not in self.fixed and (t := tensors.get(n)) is not None]
         kept = [t.dtype for n in ("smooth_factor", "wscales", "wcscales") if (t := tensors.get(n)) is not None]
-        # Not read off a parameter later: a layer without branch and bias has none that follows a cast of the model.
-        self.compute_dtype = [*casts, *([dtype] if dtype else []), *(t for t in kept if t not in _FLOAT8)][0]
+        self._dtype = dtype or next((t for t in kept if t not in _FLOAT8), torch.bfloat16)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The model's type: that of the branch or the bias, which follow a cast, else what was last cast to."""
+        module: Any = self
+        cast = (getattr(module, name) for name in ("proj_up", "bias") if name not in self.fixed)
+        return next((p.dtype for p in cast if p is not None), self._dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -99,7 +104,7 @@ class QuantizedMixin:
         dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=module.qweight.device)).dtype
         originals = {name: p.data for name in self.fixed if (p := getattr(self, name)) is not None}
         super()._apply(fn, recurse)  # type: ignore[misc]
-        self.compute_dtype = dtype
+        self._dtype = dtype
         for name, original in originals.items():
             parameter = getattr(self, name)
             if parameter.dtype != original.dtype:

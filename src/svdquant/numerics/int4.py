@@ -68,23 +68,24 @@ def fake_quantize_activation(h: Tensor, group_size: int, unsigned: Tensor | None
     """Quantizes and dequantizes per token and group.
 
     h: float32 [..., K], K a multiple of the group, already smoothed (and shifted where unsigned).
-    unsigned: bool [K / group_size] or None. The scale is rounded to `scale_dtype` before it is used.
+    unsigned: bool [K / group_size] or None. Codes are those of the exact scale, as in the published kernels; they are
+    multiplied by the scale rounded to `scale_dtype`.
     """
     g = grouped(h, h.shape[-1] // group_size)
     amax = g.abs().amax(-1, keepdim=True)
     if unsigned is None:
-        scale = _scale(amax / 7, scale_dtype)
-        return (g / scale).round_().clamp_(-7, 7).mul_(scale).flatten(-2)
+        exact = nonzero(amax / 7)
+        return (g / exact).round_().clamp_(-7, 7).mul_(_stored(exact, scale_dtype)).flatten(-2)
     high = torch.where(unsigned, 15.0, 7.0)[:, None]
     low = torch.where(unsigned, 0.0, -7.0)[:, None]
-    scale = _scale(amax / high, scale_dtype)
-    codes = (g / scale).round_()
-    return torch.minimum(torch.maximum(codes, low), high).mul_(scale).flatten(-2)
+    exact = nonzero(amax / high)
+    codes = (g / exact).round_()
+    return torch.minimum(torch.maximum(codes, low), high).mul_(_stored(exact, scale_dtype)).flatten(-2)
 
 
-def _scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """As stored in `dtype`, saturating: float16 ends at 65504, and an infinite scale would turn zeros into NaN."""
-    return nonzero(scale.clamp(max=torch.finfo(dtype).max).to(dtype)).float()
+    return scale.clamp(max=torch.finfo(dtype).max).to(dtype).float()
 
 
 FORMAT = WeightFormat("int4", 4, scales, round_values, pack, unpack)

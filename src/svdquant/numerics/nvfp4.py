@@ -54,10 +54,13 @@ def unpack(qweight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def fake_quantize_activation(h: Tensor, group_size: int = 16) -> Tensor:
-    """h: float32 [..., K]. Groups whose scale underflows e4m3 become zero, as in hardware."""
+    """h: float32 [..., K]. Groups whose scale underflows e4m3 become zero, as in hardware.
+
+    Codes are those of the exact scale, as in the published kernels; they are multiplied by the scale in e4m3.
+    """
     g = grouped(h, h.shape[-1] // group_size)
-    scale = (g.abs().amax(-1, keepdim=True) / 6).clamp_(max=448).to(E4M3).float()
-    return (round_values(g / nonzero(scale)) * scale).flatten(-2)
+    exact = (g.abs().amax(-1, keepdim=True) / 6).clamp_(max=448)
+    return (round_values(g / nonzero(exact)) * exact.to(E4M3).float()).flatten(-2)
 
 
 FORMAT = WeightFormat("nvfp4", 4, scales, round_values, pack, unpack)

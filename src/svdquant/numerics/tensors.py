@@ -34,8 +34,8 @@ class SVDQuantTensors:
     """y = Q(x/s)·Ŵᵀ + (x·Dᵀ)·Uᵀ + b.
 
     qweight: uint8 [N, Kp/2] (int4, nvfp4; low nibble first) or int8 [N, Kp] (int8); Kp as of `padded_columns`.
-    wscales: [N, Kp/group] in 16 bits, e4m3 for nvfp4. wcscales: nvfp4's outer scale, [N], or [N, B] where each of B equal
-        blocks of columns has its own; else None.
+    wscales: [N, Kp/group] in 16 bits, e4m3 for nvfp4. wcscales: nvfp4's outer scale, [N], or [N, B] where each of B
+        equal blocks of columns has its own; else None.
     wzeros: [N, Kp/group] where `spec.zeros`: weight = code·scale + zero with codes 0…15; else None.
     smooth_factor: s [K], the divisor of x; None = ones.
     proj_down: D [rank, K], takes the raw x; proj_up: U [N, rank]; None at rank 0.
