@@ -135,7 +135,7 @@ def quantize_activation(
     return np.clip(np.rint(_divide(g, exact)), low, high), round_to(exact, dtype)
 
 
-def _own_type(h: np.ndarray, activations: str, dtype: torch.dtype) -> np.ndarray:
+def own_type(h: np.ndarray, activations: str, dtype: torch.dtype) -> np.ndarray:
     """4-bit codes are those of h in the model's own type."""
     return round_to(h, dtype) if activations in ("int4", "nvfp4") and dtype != torch.float32 else h
 
@@ -191,7 +191,7 @@ class Layer:
             columns = -(-h.shape[1] // group) * group
             marked = np.pad(shift, (0, columns - len(shift))) > 0
             unsigned = marked.reshape(-1, group).any(1)
-        codes, scale = quantize_activation(_own_type(h, activations, dtype), activations, group, unsigned, dtype)
+        codes, scale = quantize_activation(own_type(h, activations, dtype), activations, group, unsigned, dtype)
         certain = np.ones(len(x), bool)
         if self.spec.rotate or activations not in ("int4", "nvfp4"):
             certain = self._certain(h, activations, group, unsigned, dtype)
@@ -206,7 +206,7 @@ class Layer:
         # A rotation adds up 128 channels, so its rounding errors are those of the largest.
         step = _AMBIGUOUS * signs * (np.abs(h).max(1, keepdims=True) * (h != 0) / 4 if self.spec.rotate else np.abs(h))
         (more, more_scale), (less, less_scale) = (
-            quantize_activation(_own_type(h + e, how[0], how[-1]), *how) for e in (step, -step)
+            quantize_activation(own_type(h + e, how[0], how[-1]), *how) for e in (step, -step)
         )
         moved = (more != less) | (np.abs(more_scale - less_scale) > 1e-4 * more_scale)
         return ~moved.reshape(len(h), -1).any(1)

@@ -27,11 +27,11 @@ def inspect(
 ) -> None:
     """Show the format, layers and sizes of a checkpoint, from its headers. A Hub id is downloaded first."""
     from ..checkpoint import inspect as read
-    from ..integrations.pipeline import resolve_model
+    from ..integrations.convert import local_checkpoint
 
     quiet_libraries()
     with doing(f"inspecting {checkpoint}"):
-        path = resolve_model(checkpoint)
+        path = local_checkpoint(checkpoint)
         info = read(path, component)
         listed = _layers(path, component) if layers else []
     if json:
@@ -46,13 +46,11 @@ def inspect(
 
 
 def _layers(path: Any, component: str | None) -> list[dict[str, Any]]:
-    """The stored form of each quantized layer, by name."""
-    from ..checkpoint.layout import layer_specs, open_checkpoint, parse_config
+    """The stored form of each quantized layer, by its name in the file."""
+    from ..checkpoint.info import stored_layers
+    from ..checkpoint.layout import open_checkpoint
 
-    opened = open_checkpoint(path, component)
-    if opened.method != "svdquant":
-        return []
-    specs = layer_specs(parse_config(opened.quantization or {}, opened.path), opened.path)
+    specs = stored_layers(open_checkpoint(path, component))
     return [{"name": name, **asdict(spec)} for name, spec in specs.items()]
 
 
@@ -66,20 +64,23 @@ def _cell(value: Any) -> str:
 
 def _text(info: CheckpointInfo) -> str:
     version = "" if info.format_version is None else f", version {info.format_version}"
+    encoder = " text encoder" if info.format == "nunchaku" and info.library == "transformers" else ""
     lines = [
         f"path        {info.path}",
-        f"format      {info.format}{version}",
-        f"model       {info.model_class or 'unknown'} ({info.library or 'no library'})",
+        f"format      {info.format}{encoder}{version}; {info.container}",
+        f"model       {info.model_class or 'unknown'} ({info.library or 'no library'}), {info.half}",
     ]
     if info.layers:
         kinds = [f"{n} {kind} {weights}" for kind, by in info.layers.items() for weights, n in by.items()]
         ranks = ", ".join(f"{rank} (×{n})" for rank, n in sorted(info.ranks.items()))
-        solved = ", ".join(f"{name} (×{n})" for name, n in info.activations.items())
         lines += [
             f"layers      {info.quantized_layers} quantized: {', '.join(kinds)}",
             f"rank        {ranks or 'none'}",
-            f"activations {solved or 'none'}",
-            f"rotated     {info.rotated}",
+        ]
+        if info.format == "svdquant":
+            solved = ", ".join(f"{name} (×{n})" for name, n in info.activations.items())
+            lines += [f"activations {solved or 'none'}", f"rotated     {info.rotated}"]
+        lines += [
             f"packed      {size(info.quantized_bytes)}",
             f"low rank    {size(info.low_rank_bytes)}",
             f"other       {size(info.other_bytes)}",

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .console import debugging
+from .convert import convert
 from .demo import demo
 from .doctor import doctor
 from .failures import DEBUG, INTERRUPTED, Interrupted, explain
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (demo, plan, quantize, generate, inspect, doctor):
+for verb in (demo, plan, quantize, generate, convert, inspect, doctor):
     app.command()(verb)
 
 
