@@ -82,10 +82,9 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, base: Checkpoint | Non
     from .canonical import empty_model
 
     config = checkpoint.config or (base.config if base else {})
-    name = checkpoint.model_class or (base.model_class if base else "")
-    name = STOCK_CLASSES.get(name, name)
-    if not config and "single_transformer_blocks.0.qkv_proj.qweight" in checkpoint.tensors:
-        name, config = "FluxTransformer2DModel", _flux_config(checkpoint)
+    name = stock_class(checkpoint) or (base.model_class if base else "")
+    if not config and name == "FluxTransformer2DModel":
+        config = _flux_config(checkpoint)
     if name not in STOCK_CLASSES.values():
         what = f"names the model class {name!r}" if name else "does not say which model it holds"
         raise SVDQuantError(f"{checkpoint.path}: {what}; give the 16-bit pipeline that it was made from as base")
@@ -93,6 +92,14 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, base: Checkpoint | Non
         return empty_model(getattr(diffusers, name), config, dtype)
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise SVDQuantError(f"{checkpoint.path}: its configuration does not make a {name} ({error})") from error
+
+
+def stock_class(checkpoint: Checkpoint) -> str:
+    """The diffusers class that a file is of, by what it says or else by its names; empty where neither tells."""
+    name = STOCK_CLASSES.get(checkpoint.model_class, checkpoint.model_class)
+    if not name and "single_transformer_blocks.0.qkv_proj.qweight" in checkpoint.tensors:
+        return "FluxTransformer2DModel"
+    return name
 
 
 def _flux_config(checkpoint: Checkpoint) -> dict[str, Any]:
