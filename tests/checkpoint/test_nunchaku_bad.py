@@ -236,6 +236,6 @@ def test_interrupted_saving_leaves_nothing(tensors, info, tmp_path, monkeypatch)
         add(self, name, value)
 
     monkeypatch.setattr(StreamedFile, "add", full)
-    with pytest.raises(SVDQuantError, match="No space left on device.*nothing was changed"):
+    with pytest.raises(SVDQuantError, match=r"No space left on device.*nothing was changed"):
         svdquant.save_model(model, target, format="nunchaku")
     assert target.read_bytes() == before and [p.name for p in target.parent.iterdir()] == ["copy.safetensors"]

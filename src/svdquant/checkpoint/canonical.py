@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config import FORMAT_VERSION, SVDQuantConfig
 from ..errors import SVDQuantError
 from ..nn import quantized_layers, replace_module
-from .hub import load_from_hub, looks_like_hub_id
+from .hub import ACCESS, fetch, load_from_hub, looks_like_hub_file, looks_like_hub_id
 from .layout import ACCEPTED, METADATA_KEY, Checkpoint, open_checkpoint, parse_config
 from .mapped import MappedTensors
 from .skeleton import aligned, check_load_dtype, check_tensors, fixed_names, install_layers, set_tensor, stored_dtype
@@ -49,6 +49,8 @@ def load_model(
     Raises `SVDQuantError` for whatever is missing, damaged, pickled or newer than this version; nothing is then loaded.
     """
     check_load_dtype(torch_dtype)
+    if looks_like_hub_id(path) or looks_like_hub_file(path):
+        path = fetch(path, **{key: value for key, value in kwargs.items() if key in (*ACCESS, "subfolder")})
     if looks_like_hub_id(path):
         loaded = load_from_hub(str(path), torch_dtype, component, kwargs)
     else:

@@ -16,6 +16,7 @@ from ..errors import SVDQuantError
 from ..nn import make_layer, replace_module
 from ..numerics import SVDQuantTensors
 from .header import TensorInfo
+from .hub import looks_like_hub_id, unreachable
 from .layout import Checkpoint, open_checkpoint
 from .mapped import MappedTensors
 from .nunchaku_check import check_linear, check_plain, common_rank, precision_of
@@ -67,7 +68,18 @@ def plain_names(model: nn.Module, layout: Layout) -> list[str]:
 
 
 def open_base(base: str | Path, model_class: str) -> Checkpoint:
-    """The 16-bit denoiser that completes an old file. Raises `SVDQuantError` where it is of another class."""
+    """The 16-bit denoiser that completes an old file, from a folder or the Hub.
+
+    Raises `SVDQuantError` where it is quantized itself or of another class.
+    """
+    if looks_like_hub_id(base):
+        from huggingface_hub import snapshot_download
+
+        parts = [f"{part}/*.{kind}" for part in ("transformer", "unet") for kind in ("json", "safetensors")]
+        try:
+            base = snapshot_download(str(base), allow_patterns=["model_index.json", *parts])
+        except Exception as error:  # the hub client raises of many kinds
+            raise unreachable(str(base), error) from error
     opened = open_checkpoint(base)
     if model_class and opened.model_class != model_class:
         raise SVDQuantError(f"{base}: holds a {opened.model_class}, the checkpoint needs a {model_class}")
