@@ -27,11 +27,11 @@ def inspect(
 ) -> None:
     """Show the format, layers and sizes of a checkpoint, from its headers. A Hub id is downloaded first."""
     from ..checkpoint import inspect as read
-    from ..integrations.convert import local_checkpoint
+    from ..integrations.sources import resolve_checkpoint
 
     quiet_libraries()
     with doing(f"inspecting {checkpoint}"):
-        path = local_checkpoint(checkpoint)
+        path = resolve_checkpoint(checkpoint)
         info = read(path, component)
         listed = _layers(path, component) if layers else []
     if json:
