@@ -114,7 +114,7 @@ def _from_nunchaku(
     dtype = dtype or stored_dtype(checkpoint.tensors)
     if checkpoint.method == "nunchaku_lite":
         return nunchaku_lite.load(checkpoint, dtype, device)
-    opened = None if base is None else nunchaku.open_base(base, nunchaku.stock_class(checkpoint))
+    opened = None if base is None else nunchaku.open_base(base, checkpoint)
     return nunchaku.load(checkpoint, dtype, device, opened)
 
 

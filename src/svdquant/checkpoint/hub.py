@@ -98,11 +98,12 @@ def load_from_hub(repo: str, dtype: torch.dtype | None, component: str | None, k
         raise unreachable(repo, error) from error
 
 
-def unreachable(repo: str, error: Exception) -> SVDQuantError:
+def unreachable(repo: str, error: Exception, path: str | None = None) -> SVDQuantError:
+    """path: what was asked for, where that is more than the repository."""
     reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
     return SVDQuantError(
-        f"{repo}: is no local path and could not be loaded from the Hub ({reason}); if it is gated or private, accept "
-        f"its terms at https://huggingface.co/{repo} and run `hf auth login`; without network, run "
+        f"{path or repo}: is no local path and could not be loaded from the Hub ({reason}); if it is gated or private, "
+        f"accept its terms at https://huggingface.co/{repo} and run `hf auth login`; without network, run "
         f"`hf download {repo}` elsewhere and give the folder"
     )
 
@@ -129,7 +130,7 @@ def _fetch_file(path: str, subfolder: str | None, options: dict[str, Any]) -> Pa
     except Exception as error:  # as in `fetch`
         if type(error).__name__ in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
             raise SVDQuantError(f"{repo}: has no {inner}; see https://huggingface.co/{repo}/tree/main") from error
-        raise unreachable(repo, error) from error
+        raise unreachable(repo, error, path) from error
 
 
 def _fetch_repository(repo: str, subfolder: str | None, options: dict[str, Any]) -> Path:
@@ -170,12 +171,28 @@ def _fetch_repository(repo: str, subfolder: str | None, options: dict[str, Any])
 
 
 def _list(repo: str, options: dict[str, Any]) -> list[str]:
-    """Names of a repository's files; without network, of those that have been downloaded."""
-    from huggingface_hub import constants, list_repo_files, snapshot_download
+    """Names of a repository's files; where the Hub cannot be asked, of those that have been downloaded."""
+    from huggingface_hub import constants, list_repo_files
+    from huggingface_hub.errors import HfHubHTTPError
 
-    if not options.get("local_files_only") and not constants.HF_HUB_OFFLINE:
+    if options.get("local_files_only") or constants.HF_HUB_OFFLINE:
+        return _downloaded(repo, options)
+    try:
         return list_repo_files(repo, **{key: options[key] for key in ("revision", "token") if key in options})
-    root = Path(snapshot_download(repo, **options | {"local_files_only": True}))
+    except HfHubHTTPError:
+        raise
+    except Exception as error:
+        try:
+            return _downloaded(repo, options)
+        except Exception:
+            raise error from None
+
+
+def _downloaded(repo: str, options: dict[str, Any]) -> list[str]:
+    from huggingface_hub import snapshot_download
+
+    # Without a pattern, a repository of which only a part was wanted would count as incomplete.
+    root = Path(snapshot_download(repo, allow_patterns=[".none"], **options | {"local_files_only": True}))
     return [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
 
 

@@ -10,8 +10,7 @@ from typing import Any
 
 from ..config import LayerSpec
 from .layout import Checkpoint, layer_specs, open_checkpoint, parse_config
-from .nunchaku import layer_names
-from .nunchaku_layouts import STOCK_CLASSES
+from .nunchaku import layer_names, stock_class
 from .skeleton import stored_dtype
 
 _LOW_RANK = ("proj_down", "proj_up", "lora_down", "lora_up")
@@ -132,9 +131,5 @@ def _container(checkpoint: Checkpoint) -> str:
 
 def _class_of(checkpoint: Checkpoint) -> str:
     """The stock class; of the oldest files, which do not name it, as far as their layers tell."""
-    name = checkpoint.model_class
-    if not name and "single_transformer_blocks.0.qkv_proj.qweight" in checkpoint.tensors:
-        name = "FluxTransformer2DModel"
-    if not name and "transformer_blocks.0.ff.inverted_conv.qweight" in checkpoint.tensors:
-        name = "SanaTransformer2DModel"
-    return STOCK_CLASSES.get(name, name)
+    sana = "transformer_blocks.0.ff.inverted_conv.qweight" in checkpoint.tensors
+    return stock_class(checkpoint) or ("SanaTransformer2DModel" if sana else "")

@@ -65,6 +65,16 @@ def open_checkpoint(path: str | Path, component: str | None = None) -> Checkpoin
     return _model_folder(_component_folder(path, component) if has_index else path)
 
 
+def open_model_config(path: Path) -> Checkpoint:
+    """The denoiser of a model or pipeline folder without its weights, which need not be there."""
+    folder = _component_folder(path, None) if (path / "model_index.json").is_file() else path
+    if not (folder / "config.json").is_file():
+        raise SVDQuantError(f"{folder}: has no config.json; give {ACCEPTED}")
+    config = read_json(folder / "config.json")
+    quantization = _quantization(config.get("quantization_config"), folder / "config.json")
+    return Checkpoint(folder, (), config, quantization, "diffusers", str(config.get("_class_name", "")), {}, {})
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises `SVDQuantError` naming it."""
     try:

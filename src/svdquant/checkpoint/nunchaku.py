@@ -17,7 +17,7 @@ from ..nn import make_layer, replace_module
 from ..numerics import SVDQuantTensors
 from .header import TensorInfo
 from .hub import looks_like_hub_id, unreachable
-from .layout import Checkpoint, open_checkpoint
+from .layout import Checkpoint, open_checkpoint, open_model_config
 from .mapped import MappedTensors
 from .nunchaku_check import check_linear, check_plain, common_rank, precision_of
 from .nunchaku_layouts import STOCK_CLASSES, Layout, Piece, StoredLinear, StoredTensor, layout_of
@@ -26,6 +26,7 @@ from .skeleton import aligned, set_tensor
 
 __all__ = ["load", "read_linear"]
 
+_BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 Cast = Callable[[str, Tensor], Tensor]
 
 
@@ -67,25 +68,35 @@ def plain_names(model: nn.Module, layout: Layout) -> list[str]:
     return [n for n in model.state_dict() if n not in renamed and n.rpartition(".")[0] not in packed]
 
 
-def open_base(base: str | Path, model_class: str) -> Checkpoint:
-    """The 16-bit denoiser that completes an old file, from a folder or the Hub.
+def open_base(base: str | Path, checkpoint: Checkpoint) -> Checkpoint | None:
+    """The 16-bit denoiser that completes an old file, from a folder or the Hub; None for a file that is complete.
 
-    Raises `SVDQuantError` where it is quantized itself or of another class.
+    A file that only lacks its configuration takes that alone. Raises `SVDQuantError` where the base is quantized itself
+    or of another class.
     """
+    lacks_weights = all(name.startswith(_BLOCKS) for name in checkpoint.tensors)
+    if checkpoint.config and not lacks_weights:
+        return None
     if looks_like_hub_id(base):
-        from huggingface_hub import snapshot_download
-
-        parts = [f"{part}/*.{kind}" for part in ("transformer", "unet") for kind in ("json", "safetensors")]
-        try:
-            base = snapshot_download(str(base), allow_patterns=["model_index.json", *parts])
-        except Exception as error:  # the hub client raises of many kinds
-            raise unreachable(str(base), error) from error
-    opened = open_checkpoint(base)
-    if model_class and opened.model_class != model_class:
-        raise SVDQuantError(f"{base}: holds a {opened.model_class}, the checkpoint needs a {model_class}")
+        base = _download_base(str(base), lacks_weights)
+    opened = open_model_config(Path(base)) if not lacks_weights else open_checkpoint(base)
+    wanted = stock_class(checkpoint)
+    if wanted and opened.model_class != wanted:
+        raise SVDQuantError(f"{base}: holds a {opened.model_class}, {checkpoint.path} needs a {wanted}")
     if opened.quantization is not None:
-        raise SVDQuantError(f"{base}: is quantized; the rest of the model has to come from a 16-bit one")
+        raise SVDQuantError(f"{base}: is quantized; the rest of {checkpoint.path} has to come from a 16-bit model")
     return opened
+
+
+def _download_base(repo: str, weights: bool) -> str:
+    from huggingface_hub import snapshot_download
+
+    kinds = ("json", "safetensors") if weights else ("json",)
+    parts = [f"{part}/*.{kind}" for part in ("transformer", "unet") for kind in kinds]
+    try:
+        return snapshot_download(repo, allow_patterns=["model_index.json", *parts])
+    except Exception as error:  # the hub client raises of many kinds
+        raise unreachable(repo, error) from error
 
 
 def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, base: Checkpoint | None) -> nn.Module:

@@ -1,0 +1,5 @@
+"""First-block caching of FLUX."""
+
+from . import apply_cache_on_pipe, apply_cache_on_transformer
+
+__all__ = ["apply_cache_on_pipe", "apply_cache_on_transformer"]
