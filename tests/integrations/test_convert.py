@@ -208,6 +208,16 @@ def test_a_converted_model_computes_the_same(tmp_path: Path) -> None:
     assert 0 < reference64.relative(theirs, ours) < 0.01
 
 
+def test_lite_computes_the_same(tmp_path: Path) -> None:
+    """With nvfp4 and 128 channels nothing is lost on the way there and back."""
+    source = quantized(tmp_path / "ours", tiny.transformer(), weights="nvfp4")
+    assert convert(source, tmp_path / "lite", "nunchaku_lite").exact
+    assert convert(tmp_path / "lite", tmp_path / "back.safetensors", "svdquant").exact
+    models = [svdquant.load_model(tmp_path / name, torch_dtype=FP32) for name in ("ours", "lite", "back.safetensors")]
+    ours, lite, back = (tiny.run(svdquant.set_activations(model, "none")) for model in models)
+    assert torch.equal(ours, lite) and torch.equal(ours, back)
+
+
 # What is requantized, and at what cost.
 
 
@@ -360,6 +370,8 @@ def test_lite_without_convolutions_and_odd_sizes(tmp_path: Path) -> None:
     only = change(report, "no quantized convolutions")
     assert only.count == 4 and 0 < only.worst[1] < 2.0**-8
     agree(only.errors, errors(tmp_path / "lite", source))
+    with pytest.raises(SVDQuantError, match="is a convolution"):
+        svdquant.save_model(svdquant.load_model(source), tmp_path / "direct", "nunchaku_lite")
     odd = quantized(tmp_path / "odd", stock("sana", "sana_padded"), modulation="none", rotate=False)
     with pytest.raises(SVDQuantError, match="none of the model's quantized layers"):
         convert(odd, tmp_path / "odd-lite", "nunchaku_lite")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,8 +47,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
         weights = folder / name / SLOTS.get(name, "transformer") / "diffusion_pytorch_model.safetensors"
         weights.unlink()
         standins.save_quantized(name, folder / f"{name}.safetensors")
-    for name in ("flux_redux",):
-        standins.save(name, folder)
+    standins.save("flux_redux", folder)
     standins.save_quantized_t5(folder / "t5.safetensors")
     return folder
 
@@ -82,7 +80,7 @@ def test_every_kind_without_the_weights_it_replaces(name: str, shelf: Path) -> N
 
 
 @pytest.mark.parametrize("form", ["nunchaku file", "nunchaku folder", "nunchaku_lite", "svdquant file", "svdquant"])
-def test_every_container(form: str, shelf: Path, whole: Path, tmp_path: Path) -> None:
+def test_every_container(form: str, shelf: Path, tmp_path: Path) -> None:
     """As a model around which the base is built, and as the transformer folder of a pipeline that needs none."""
     method, _, kind = form.partition(" ")
     path = standins.save_quantized("flux", tmp_path / ("model.safetensors" if kind == "file" else "model"), method)
@@ -280,15 +278,12 @@ def test_base_and_checkpoint_from_the_hub(shelf: Path, tmp_path: Path, monkeypat
     for name in ("someone/nothing", "someone/nothing/file.safetensors"):
         with pytest.raises(SVDQuantError, match="could not be loaded from the Hub"):
             load_pipeline(name)
-        with pytest.raises(SVDQuantError, match="could not be loaded from the Hub"):
-            load_pipeline(shelf / "flux.safetensors", name)
+    with pytest.raises(SVDQuantError, match="could not be loaded from the Hub"):
+        load_pipeline(shelf / "flux.safetensors", "someone/nothing")
 
 
-def test_of_a_hub_base_the_replaced_weights_are_not_downloaded(
-    shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_a_hub_base_the_replaced_weights_are_not_downloaded(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[set[str]] = []
-    (tmp_path / "index.json").write_text((shelf / "flux" / "model_index.json").read_text())
 
     def download(repo: str, name: str, **_: Any) -> str:
         return str(shelf / "flux" / name)
@@ -304,6 +299,34 @@ def test_of_a_hub_base_the_replaced_weights_are_not_downloaded(
     assert asked == [{"transformer", "text_encoder_2"}]
 
 
+@pytest.mark.parametrize("variant", ["bf16", "fp16"])
+def test_base_with_weights_under_a_variants_name(shelf: Path, tmp_path: Path, variant: str) -> None:
+    standins.PIPELINES["flux"]().to(torch.bfloat16).save_pretrained(tmp_path / "flux", variant=variant)
+    # Of these the plain file lies beside it.
+    for folder in ("vae", "text_encoder"):
+        (file,) = (tmp_path / "flux" / folder).glob("*.safetensors")
+        shutil.copy(file, file.with_name(file.name.replace(f".{variant}", "")))
+    shutil.rmtree(tmp_path / "flux" / "transformer")
+    pipe = load_pipeline(shelf / "flux.safetensors", tmp_path / "flux", device="cpu")
+    assert (draw(pipe) == draw(load_pipeline(shelf / "flux.safetensors", shelf / "flux", device="cpu"))).all()
+
+
+def test_hub_base_with_variants_alone(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def pipeline(repo: str, variant: str | None = None, **_: Any) -> str:
+        asked.append(variant)
+        if variant != "fp16":
+            raise OSError(f"Could not find the necessary `safetensors` weights in {{}} (variant={variant})")
+        return str(shelf / "flux")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name, **_: str(shelf / "flux" / name))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: "")
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", pipeline)
+    load_pipeline(shelf / "flux.safetensors", "someone/flux", device="cpu")
+    assert asked == [None, "bf16", "fp16"]
+
+
 def test_a_16_bit_model_around_its_base(whole: Path, shelf: Path, tmp_path: Path) -> None:
     """A fine-tuned file takes the place of the base's, whose weights may be missing."""
     file = tmp_path / "fine_tune.safetensors"
@@ -315,4 +338,3 @@ def test_a_16_bit_model_around_its_base(whole: Path, shelf: Path, tmp_path: Path
 
 def test_public_name() -> None:
     assert svdquant.load_pipeline is load_pipeline and "load_pipeline" in dir(svdquant)
-    assert json.dumps(sorted({base for *_, base in PUBLISHED}))

@@ -112,10 +112,13 @@ def save(model: Any, folder: Path) -> list[str]:
 
     Raises `SVDQuantError` naming the first layer that the format cannot hold.
     """
+    if not hasattr(model, "to_json_string"):
+        raise SVDQuantError(f"nunchaku_lite holds models of diffusers, no {type(model).__name__}")
     layers: dict[str, Any] = quantized_layers(model)
     records = {name: layer.tensors() for name, layer in layers.items()}
     for name, record in records.items():
-        if reason := misfit(name, record):
+        convolution = "is a convolution, the format has linears" if isinstance(layers[name], nn.Conv2d) else ""
+        if reason := convolution or misfit(name, record):
             raise SVDQuantError(f"{name} {reason}; `svdquant convert` requantizes it or keeps it in 16 bits")
     w4a4 = [name for name, record in records.items() if record.spec.kind == "svdquant"]
     w4a16 = [name for name, record in records.items() if record.spec.kind == "w4a16"]

@@ -38,6 +38,7 @@ from .sources import (
     resolve_checkpoint,
     resolve_model,
     skeleton,
+    variant_of,
 )
 
 __all__ = [
@@ -119,8 +120,11 @@ def load_pipeline(
     else:
         components |= _own_denoisers(parts.folder, components.keys(), wanted, max_memory, offload_folder)
     cls = DiffusionPipeline if pipeline is None else parts.cls
+    options: dict[str, Any] = {"torch_dtype": wanted, "use_safetensors": True} | components
+    if variant := variant_of(parts.folder, skip=components.keys()):
+        options["variant"] = variant
     try:
-        pipe = cls.from_pretrained(parts.folder, torch_dtype=wanted, use_safetensors=True, **components)
+        pipe = cls.from_pretrained(parts.folder, **options)
     except SVDQuantError:
         raise
     except (OSError, TypeError, ValueError, RuntimeError, AttributeError, KeyError, ImportError) as error:
