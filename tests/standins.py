@@ -7,7 +7,6 @@ packed formats: multiples of 128, but for `sana(odd=True)`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import tiny
 import torch
 from diffusers import (
-    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLQwenImage,
     EulerDiscreteScheduler,
@@ -38,24 +36,19 @@ from diffusers import (
 )
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from PIL import Image
-from tokenizers.pre_tokenizers import ByteLevel
+from standin_parts import LATENT_CHANNELS, flux_vae, gemma_tokenizer, lively, qwen_tokenizer, sana_vae
 from transformers import (
     CLIPTextModelWithProjection,
-    DPTConfig,
-    DPTForDepthEstimation,
     Gemma2Config,
     Gemma2Model,
-    GemmaTokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
     SiglipVisionConfig,
     SiglipVisionModel,
     T5EncoderModel,
 )
-from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import svdquant
@@ -63,23 +56,7 @@ from svdquant.integrations import attach
 from svdquant.nn import make_layer, replace_module
 from svdquant.ptq.requantize import weights_only
 
-# Of the latents; a FLUX transformer reads four times as many, two by two pixels at once.
-LATENT_CHANNELS = 4
 T5_WIDTH = 128
-
-_CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
-
-
-def _lively(model: Any) -> Any:
-    """Gates of about 1 in place of an initialisation's 0, so that what a block computes shows in the picture."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and re.search(r"norm\w*\.linear$|_mod\.1$|adaLN_modulation\.0$", name):
-            torch.nn.init.normal_(module.bias, std=0.7)
-    return model.eval()
 
 
 def flux_transformer(
@@ -87,7 +64,7 @@ def flux_transformer(
 ) -> FluxTransformer2DModel:
     """Two joint and two single blocks of 128 channels. text_widths: of T5's and of CLIP's embeddings."""
     with tiny._seeded(seed):
-        return _lively(
+        return lively(
             FluxTransformer2DModel(
                 patch_size=1,
                 in_channels=in_channels,
@@ -107,24 +84,6 @@ def flux_transformer(
 def t5(seed: int = 2) -> T5EncoderModel:
     """A T5 whose linears are 128 or 256 wide."""
     return tiny.t5(seed, T5_WIDTH)
-
-
-def flux_vae(seed: int = 3) -> AutoencoderKL:
-    """Halves the sides."""
-    with tiny._seeded(seed):
-        return AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * 2,
-            up_block_types=["UpDecoderBlock2D"] * 2,
-            block_out_channels=(8, 8),
-            layers_per_block=1,
-            latent_channels=LATENT_CHANNELS,
-            norm_num_groups=4,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            shift_factor=0.1159,
-            scaling_factor=0.3611,
-            sample_size=32,
-        ).eval()
 
 
 def _flux(cls: Any, transformer: FluxTransformer2DModel) -> Any:
@@ -210,29 +169,11 @@ def sana(odd: bool = False) -> SanaPipeline:
                 attn_implementation="eager",
             )
         ).eval()
-        vae = AutoencoderDC(
-            in_channels=3,
-            latent_channels=LATENT_CHANNELS,
-            attention_head_dim=2,
-            encoder_block_types=("ResBlock", "EfficientViTBlock"),
-            decoder_block_types=("ResBlock", "EfficientViTBlock"),
-            encoder_block_out_channels=(8, 8),
-            decoder_block_out_channels=(8, 8),
-            encoder_qkv_multiscales=((), (5,)),
-            decoder_qkv_multiscales=((), (5,)),
-            encoder_layers_per_block=(1, 1),
-            decoder_layers_per_block=(1, 1),
-            downsample_block_type="conv",
-            upsample_block_type="interpolate",
-            decoder_norm_types="rms_norm",
-            decoder_act_fns="silu",
-            scaling_factor=0.41407,
-        ).eval()
     return tiny.quiet(
         SanaPipeline(
             tokenizer=gemma_tokenizer(),
             text_encoder=text_encoder,
-            vae=vae,
+            vae=sana_vae(),
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         )
@@ -288,7 +229,7 @@ def _qwen_image_parts() -> dict[str, Any]:
     tokenizer = qwen_tokenizer()
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end", "image_pad")}
     with tiny._seeded(7):
-        transformer = _lively(
+        transformer = lively(
             QwenImageTransformer2DModel(
                 patch_size=2,
                 in_channels=4 * LATENT_CHANNELS,
@@ -357,7 +298,7 @@ def z_image() -> ZImagePipeline:
     """One layer, one refiner of the noise and one of the text, all of 384 channels."""
     tokenizer = qwen_tokenizer()
     with tiny._seeded(8):
-        transformer = _lively(
+        transformer = lively(
             ZImageTransformer2DModel(
                 in_channels=LATENT_CHANNELS,
                 dim=384,
@@ -391,43 +332,6 @@ def z_image() -> ZImagePipeline:
             transformer=transformer,
         )
     )
-
-
-def gemma_tokenizer() -> GemmaTokenizer:
-    letters = [chr(code) for code in range(33, 127)]
-    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", "\n", *letters]
-    return GemmaTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=8192)
-
-
-def qwen_tokenizer() -> Qwen2Tokenizer:
-    """A letter a token, the marks of a chat and of a picture, and the chat template."""
-    names = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
-    marks = [f"<|{name}|>" for name in names]
-    vocab = {token: i for i, token in enumerate([*sorted(ByteLevel.alphabet()), *marks])}
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=4096, chat_template=_CHAT_TEMPLATE)
-    tokenizer.add_special_tokens({"additional_special_tokens": marks[1:]})
-    return tokenizer
-
-
-def save_depth_estimator(folder: Path) -> Path:
-    """A model for transformers' depth-estimation pipeline."""
-    with tiny._seeded(9):
-        model = DPTForDepthEstimation(
-            DPTConfig(
-                hidden_size=32,
-                num_hidden_layers=4,
-                num_attention_heads=2,
-                intermediate_size=32,
-                image_size=32,
-                patch_size=8,
-                backbone_out_indices=[0, 1, 2, 3],
-                neck_hidden_sizes=[8, 8, 8, 8],
-                fusion_hidden_size=8,
-            )
-        )
-    model.save_pretrained(folder)
-    DPTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
 
 
 PIPELINES: dict[str, Callable[[], Any]] = {

@@ -15,6 +15,7 @@ import pytest
 import standins
 import torch
 from PIL import Image, ImageDraw
+from standin_parts import save_depth_estimator
 
 from svdquant.nn import quantized_layers
 
@@ -134,7 +135,7 @@ def test_redux_without_a_prompt_loads_no_text_encoder(
 
 @pytest.mark.parametrize("source", ["a depth map", "a picture"])
 def test_depth(source: str, script: Callable[[str], ModuleType], shelf: Path, tmp_path: Path) -> None:
-    how = ["--ready"] if source == "a depth map" else ["--depth-model", str(standins.save_depth_estimator(tmp_path))]
+    how = ["--ready"] if source == "a depth map" else ["--depth-model", str(save_depth_estimator(tmp_path))]
     flags = arguments("flux_control", shelf, tmp_path / "out.png", "--steps", "2", *how)
     script("flux_control").main(["depth", *flags[1:]])
     check_picture(tmp_path / "out.png")
@@ -177,3 +178,4 @@ def test_defaults(name: str, script: Callable[[str], ModuleType], monkeypatch: p
     args = parsed[0]
     assert (args.steps, args.guidance) == SCRIPTS[name][2:]
     assert args.model.endswith(".safetensors") and args.model.count("/") == 2 and args.base.count("/") == 1
+    assert "KIND" not in args.model and "Kind" not in args.base
