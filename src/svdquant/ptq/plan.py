@@ -20,7 +20,13 @@ from .trace import LayerTrace, Run, trace_forward
 # Below this a layer saves too little to be worth an error.
 _SMALLEST = 64 * 64
 _MODULATION = re.compile(r"(^|\.)(norm\d*(_\w+)?|(\w+_)?mod(ulation\w*)?|adaln\w*|time_emb_proj)(\.|$)", re.IGNORECASE)
-_QKV = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"), ("q", "k", "v"), ("wi_0", "wi_1"), ("w1", "w3"))
+_QKV = (
+    ("to_q", "to_k", "to_v"),
+    ("add_q_proj", "add_k_proj", "add_v_proj"),
+    ("q", "k", "v"),
+    ("wi_0", "wi_1"),
+    ("w1", "w3"),
+)
 
 
 @dataclass(frozen=True)
