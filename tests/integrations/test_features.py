@@ -91,7 +91,7 @@ def test_operators_are_well_formed(original, activations):
     x = torch.randn(2, 3, t.in_features)
     opcheck(torch.ops.svdquant.linear.default, (x, *tensors, "int4", 64, [], t.spec.rotate, activations))
     m = layers["transformer_blocks.0.norm1.linear"]
-    opcheck(torch.ops.svdquant.w4a16_linear.default, (x, m.qweight, m.wscales, m.bias, "int4"))
+    opcheck(torch.ops.svdquant.w4a16_linear.default, (x, m.qweight, m.wscales, None, m.bias, "int4"))
 
 
 def test_sequential_offload(original, model):
