@@ -135,7 +135,9 @@ def test_metadata_that_is_not_json(tensors, info, tmp_path, key, value, message)
     [
         ({"_class_name": "PixArtTransformer2DModel"}, "names the model class 'PixArtTransformer2DModel'"),
         ({"_class_name": "FluxTransformer2DModel", "num_attention_heads": "many"}, "does not make a FluxTransformer2D"),
-        ({"_class_name": "FluxTransformer2DModel", "num_layers": 3}, "shape|missing"),
+        ({"_class_name": "FluxTransformer2DModel", "num_layers": 3}, "says num_layers=3, its tensors are those of 1"),
+        ({"_class_name": "FluxTransformer2DModel", "num_layers": 0}, "says num_layers=0"),
+        ({"_class_name": "FluxTransformer2DModel", "num_single_layers": 10**9}, "says num_single_layers=1000000000"),
     ],
 )
 def test_configuration_of_another_model(tensors, info, tmp_path, config, message):
@@ -150,6 +152,53 @@ def rewrite(path, change):
     change(header)
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+
+@pytest.mark.parametrize("metadata", [["a"], "text", {"format": 3}, {"config": {}}])
+def test_metadata_of_another_kind(tensors, info, tmp_path, metadata):
+    path = written(tmp_path / "meta.safetensors", tensors, info)
+    rewrite(path, lambda header: header.update(__metadata__=metadata))
+    refused(path, "header is damaged.*metadata are not strings")
+
+
+def test_nested_without_end(tensors, info, tmp_path):
+    deep = "[" * 100_000 + "]" * 100_000
+    refused(written(tmp_path / "deep.safetensors", tensors, info | {"config": deep}), "is not JSON")
+    path = tmp_path / "deeper.safetensors"
+    path.write_bytes(struct.pack("<Q", len(deep)) + deep.encode())
+    refused(path, "header is damaged")
+
+
+def test_numbers_that_float16_cannot_hold(tensors, info, tmp_path):
+    name = f"{QKV}.lora_up"
+    path = written(tmp_path / "large.safetensors", tensors, info, **{name: tensors[name] * 1e6})
+    assert svdquant.load_model(path, torch_dtype=torch.bfloat16) is not None
+    refused(path, "attn.to_q.proj_up does not fit float16.*bfloat16", torch_dtype=torch.float16)
+
+
+@pytest.mark.parametrize("options", [{"torch_dtyp": 1}, {"device_map": "cpu"}, {"model": torch.nn.Linear(1, 1)}])
+def test_options_that_do_not_belong(tensors, info, tmp_path, options):
+    path = written(tmp_path / "good.safetensors", tensors, info)
+    refused(path, f"{next(iter(options))}.*leave (it )?out|leave out {next(iter(options))}", **options)
+
+
+def test_a_device_that_is_not_there(tensors, info, tmp_path):
+    path = written(tmp_path / "good.safetensors", tensors, info)
+    for device in ("cudaa", "cuda:99"):
+        with pytest.raises(SVDQuantError, match=f"device '{device}' cannot be used"):
+            svdquant.load_model(path, device=device)
+
+
+@pytest.mark.parametrize(
+    "architectures", [["T5ForConditionalGeneration"], ["NunchakuT5EncoderModel"], "T5EncoderModel", {}, [], None]
+)
+def test_the_text_encoder_is_one_whatever_its_configuration_says(tmp_path, architectures):
+    config = nunchaku_files.CONFIGS["t5"]
+    info = nunchaku_files.metadata("t5", config)
+    changed = json.loads(info["config"]) | {"architectures": architectures}
+    path = tmp_path / "t5.safetensors"
+    save_file(nunchaku_files.make("t5", config), path, info | {"config": json.dumps(changed)})
+    assert type(svdquant.load_model(path)).__name__ == "T5EncoderModel"
 
 
 def test_claims_a_size_it_does_not_have(tensors, info, tmp_path):

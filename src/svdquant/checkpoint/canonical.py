@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,27 @@ from ..nn import quantized_layers, replace_module
 from .hub import ACCESS, fetch, load_from_hub, looks_like_hub_file, looks_like_hub_id
 from .layout import ACCEPTED, METADATA_KEY, Checkpoint, open_checkpoint, parse_config
 from .mapped import MappedTensors
-from .skeleton import aligned, check_load_dtype, check_tensors, fixed_names, install_layers, set_tensor, stored_dtype
+from .nunchaku_check import check_depth
+from .skeleton import (
+    cast_floating,
+    check_device,
+    check_load_dtype,
+    check_tensors,
+    fixed_names,
+    install_layers,
+    set_tensor,
+    stored_dtype,
+)
 
 FOREIGN = ("nunchaku", "nunchaku_lite")
 FORMATS = ("svdquant", *FOREIGN)
-_OWN_WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+FILE_SUFFIXES = (".safetensors", ".sft")
+_OWN_WEIGHTS = re.compile(
+    r"(diffusion_pytorch_model|model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
+    r"|(transformer_blocks|unquantized_layers|svdq-t5)\.safetensors|comfy_config\.json"
+)
+# Models are built empty by patching torch for the whole process: one at a time.
+_LOADING = threading.RLock()
 
 
 def load_model(
@@ -46,25 +63,45 @@ def load_model(
     base: for the oldest Nunchaku files, which hold transformer blocks alone: the 16-bit pipeline that has the rest.
     kwargs: go to `from_pretrained` where a folder or Hub id is loaded (`revision`, `token`, `device_map`, …).
 
+    May be called from several threads; loads wait for each other, and other threads should not build models meanwhile.
     Raises `SVDQuantError` for whatever is missing, damaged, pickled or newer than this version; nothing is then loaded.
     """
     check_load_dtype(torch_dtype)
+    check_device(device)
     if looks_like_hub_id(path) or looks_like_hub_file(path):
         path = fetch(path, **{key: value for key, value in kwargs.items() if key in (*ACCESS, "subfolder")})
-    if looks_like_hub_id(path):
-        loaded = load_from_hub(str(path), torch_dtype, component, kwargs)
-    else:
-        checkpoint = open_checkpoint(path, component)
-        _refuse_unquantized(checkpoint)
-        if checkpoint.method in FOREIGN:
-            return _from_nunchaku(checkpoint, torch_dtype, device, base)
-        config = parse_config(checkpoint.quantization or {}, checkpoint.path)
-        dtype = torch_dtype or stored_dtype(checkpoint.tensors)
-        if checkpoint.is_file:
-            loaded = _from_file(checkpoint, config, dtype, device, model)
+    with _LOADING:
+        if looks_like_hub_id(path):
+            loaded = load_from_hub(str(path), torch_dtype, component, kwargs)
         else:
-            loaded = _from_folder(checkpoint, dtype, kwargs)
-    return loaded if device is None else loaded.to(device)
+            loaded = _load_local(path, torch_dtype, device, component, model, base, kwargs)
+        return loaded if device is None else loaded.to(device)
+
+
+def _load_local(
+    path: str | Path,
+    torch_dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    component: str | None,
+    model: nn.Module | None,
+    base: str | Path | None,
+    kwargs: dict[str, Any],
+) -> Any:
+    checkpoint = open_checkpoint(path, component)
+    _refuse_unquantized(checkpoint)
+    foreign = checkpoint.method in FOREIGN
+    if foreign or checkpoint.is_file:
+        if unknown := sorted(kwargs.keys() - {*ACCESS, "subfolder"}):
+            raise SVDQuantError(f"{checkpoint.path}: load_model takes no {unknown[0]} for this format; leave it out")
+        if model is not None and (foreign or checkpoint.library):
+            raise SVDQuantError(f"{checkpoint.path}: holds a {checkpoint.model_class}; leave out model=")
+    if foreign:
+        return _from_nunchaku(checkpoint, torch_dtype, device, base)
+    config = parse_config(checkpoint.quantization or {}, checkpoint.path)
+    dtype = torch_dtype or stored_dtype(checkpoint.tensors)
+    if checkpoint.is_file:
+        return _from_file(checkpoint, config, dtype, device, model)
+    return _from_folder(checkpoint, dtype, kwargs)
 
 
 def save_model(model: Any, path: str | Path, format: str = "svdquant", **kwargs: Any) -> Path:
@@ -83,7 +120,7 @@ def save_model(model: Any, path: str | Path, format: str = "svdquant", **kwargs:
     if format != "svdquant":
         save_foreign(model, path, format, **kwargs)
         return path
-    if path.suffix == ".safetensors":
+    if path.suffix in FILE_SUFFIXES:
         _atomically(path, lambda temporary: _write_file(model, temporary))
     elif not hasattr(model, "save_pretrained"):
         raise SVDQuantError(f"{type(model).__name__} has no save_pretrained; give a path that ends in .safetensors")
@@ -97,9 +134,15 @@ def save_foreign(model: Any, path: Path, format: str, **kwargs: Any) -> list[str
     from . import nunchaku_lite, nunchaku_save
 
     notes: list[str] = []
+    blocks_only = bool(kwargs.pop("blocks_only", False))
+    if kwargs:
+        raise SVDQuantError(f"{path}: format {format!r} takes no {sorted(kwargs)[0]}; leave it out")
+    to_file = path.suffix in FILE_SUFFIXES
+    if blocks_only and (format != "nunchaku" or not to_file):
+        raise SVDQuantError(f"{path}: blocks_only makes one Nunchaku file; end the path in .safetensors")
     if format == "nunchaku":
-        _atomically(path, lambda temporary: notes.extend(nunchaku_save.save(model, temporary, **kwargs)))
-    elif path.suffix == ".safetensors":
+        _atomically(path, lambda temporary: notes.extend(nunchaku_save.save(model, temporary, blocks_only)))
+    elif to_file:
         raise SVDQuantError(f"{path}: nunchaku_lite is a folder; leave out .safetensors")
     else:
         _atomically(path, lambda temporary: notes.extend(nunchaku_lite.save(model, temporary)))
@@ -166,12 +209,17 @@ def _from_file(
     skeleton = model
     if skeleton is None:
         cls = model_class(checkpoint.library, checkpoint.model_class, checkpoint.path)
+        check_depth(checkpoint.config, checkpoint.tensors, checkpoint.path)
         skeleton = empty_model(cls, checkpoint.config, dtype)
     fixed = _prepare(skeleton, checkpoint, config)
     keep = tuple(getattr(skeleton, "_keep_in_fp32_modules", None) or ())
+
+    def cast(name: str, value: Tensor) -> Tensor:
+        return value if name in fixed else cast_floating(name, value, dtype, keep, checkpoint.path)
+
     with MappedTensors(checkpoint.tensors) as file:
         for name in checkpoint.tensors:
-            value = _cast(name, file.get(name), dtype, name in fixed, keep)
+            value = cast(name, file.get(name))
             set_tensor(skeleton, name, value if device is None else value.to(device))
     if model is None:
         from ..integrations import attach
@@ -221,12 +269,6 @@ def empty_model(cls: Any, config: dict[str, Any], dtype: torch.dtype) -> Any:
             return cls.from_config(config)
     finally:
         torch.set_default_dtype(default)
-
-
-def _cast(name: str, value: Tensor, dtype: torch.dtype, fixed: bool, keep_in_fp32: tuple[str, ...]) -> Tensor:
-    if fixed or not value.is_floating_point():
-        return value
-    return aligned(value.to(torch.float32 if any(part in keep_in_fp32 for part in name.split(".")) else dtype))
 
 
 def _check_saveable(model: Any) -> None:
@@ -327,8 +369,12 @@ def _move(source: Path, target: Path) -> None:
         return
     # Only what an earlier save of a model left: an adapter beside it is none of our business.
     stale = {file for file in target.iterdir() if _OWN_WEIGHTS.fullmatch(file.name)}
-    for file in sorted(source.iterdir(), key=lambda f: f.name == "config.json"):
-        os.replace(file, target / file.name)
-        stale.discard(target / file.name)
-    for file in stale:
+    new = sorted(source.iterdir(), key=lambda f: f.name)
+    for file in new:
+        if file.name != "config.json":
+            os.replace(file, target / file.name)
+    # What says how to read them comes last, when nothing else is left to be read.
+    for file in stale - {target / file.name for file in new}:
         file.unlink()
+    if (source / "config.json").is_file():
+        os.replace(source / "config.json", target / "config.json")

@@ -48,9 +48,13 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         raise SVDQuantError(f"{path}: is truncated or no safetensors file ({size} bytes); download it again")
     try:
         entries = json.loads(raw)
+        if not isinstance(entries, dict):
+            raise ValueError("no JSON object")
         metadata = entries.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata are not strings")
         tensors, ends = _tensors(entries, path, 8 + length)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SVDQuantError(f"{path}: its safetensors header is damaged ({error}); download it again") from error
     expected = 8 + length + ends
     if size != expected:
@@ -66,7 +70,7 @@ def _tensors(entries: dict[str, Any], file: Path, data: int) -> tuple[dict[str, 
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         if dtype not in BITS:
             raise ValueError(f"tensor {name} has the unknown type {dtype!r}")
-        if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)):
+        if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
             raise ValueError(f"tensor {name} has a negative or fractional size")
         if start != position or (stop - start) * 8 != math.prod(shape) * BITS[dtype]:
             raise ValueError(f"tensor {name} does not lie where its shape says")

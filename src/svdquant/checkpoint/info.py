@@ -19,7 +19,6 @@ _QUANTIZED = (
     "smooth_factor", "smooth_factor_orig", "smooth", "smooth_orig",
 )  # fmt: skip
 _FOREIGN = ("nunchaku", "nunchaku_lite")
-_BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,7 @@ def stored_layers(checkpoint: Checkpoint) -> dict[str, LayerSpec]:
 
 def _container(checkpoint: Checkpoint) -> str:
     kind = "file" if checkpoint.is_file else "folder"
-    partial = checkpoint.method == "nunchaku" and all(name.startswith(_BLOCKS) for name in checkpoint.tensors)
-    return f"{kind}, blocks only" if partial else kind
+    return f"{kind}, blocks only" if checkpoint.blocks_only else kind
 
 
 def _class_of(checkpoint: Checkpoint) -> str:

@@ -42,6 +42,12 @@ class Checkpoint:
         """The quant_method, None for an unquantized model."""
         return None if self.quantization is None else str(self.quantization.get("quant_method"))
 
+    @property
+    def blocks_only(self) -> bool:
+        """Whether it is one of Nunchaku's oldest files, whose other tensors have to come from a 16-bit model."""
+        blocks = ("transformer_blocks.", "single_transformer_blocks.")
+        return self.method == "nunchaku" and all(name.startswith(blocks) for name in self.tensors)
+
 
 def open_checkpoint(path: str | Path, component: str | None = None) -> Checkpoint:
     """The model at a local path. component: which model of a pipeline folder; None takes its denoiser.
@@ -81,7 +87,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SVDQuantError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SVDQuantError(f"{path}: is not valid JSON ({error}); download it again") from error
     if not isinstance(data, dict):
         raise SVDQuantError(f"{path}: holds no JSON object; download it again")
@@ -112,14 +118,15 @@ def _model_folder(path: Path) -> Checkpoint:
         raise SVDQuantError(f"{path}: has no config.json; give {ACCEPTED}")
     config = read_json(config_file)
     files, tensors, metadata = _weights(path, names)
-    diffusers_class, architectures = config.get("_class_name"), config.get("architectures") or [""]
+    diffusers_class, architectures = config.get("_class_name"), config.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else architectures or ""
     return Checkpoint(
         path=path,
         files=files,
         config=config,
         quantization=_quantization(config.get("quantization_config"), config_file),
         library="diffusers" if diffusers_class else "transformers",
-        model_class=str(diffusers_class or architectures[0]),
+        model_class=str(diffusers_class or architecture),
         tensors=tensors,
         metadata=metadata,
     )
@@ -211,8 +218,8 @@ def _nunchaku(
     declared = _json_metadata(metadata, "quantization_config", path)
     name = str(metadata.get("model_class", ""))
     t5 = "T5" in name or any(n.endswith(".scaled_zeros") for n in tensors)
-    architectures = config.get("architectures") or ["T5EncoderModel"]
-    model_class = str(architectures[0]) if t5 else str(config.get("_class_name") or name)
+    # The encoder alone, whatever the configuration was made for.
+    model_class = "T5EncoderModel" if t5 else str(config.get("_class_name") or name)
     quantization = declared | {"quant_method": "nunchaku"}
     library = "transformers" if t5 else "diffusers"
     return Checkpoint(path, files, config, quantization, library, model_class, tensors, metadata, is_file)
@@ -223,7 +230,7 @@ def _json_metadata(metadata: dict[str, str], key: str, where: Path) -> dict[str,
         return {}
     try:
         data = json.loads(metadata[key])
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise SVDQuantError(f"{where}: its metadata {key!r} is not JSON ({error}); download it again") from error
     if not isinstance(data, dict):
         raise SVDQuantError(f"{where}: its metadata {key!r} holds no JSON object; download it again")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,12 @@ from .header import TensorInfo
 from .hub import looks_like_hub_id, unreachable
 from .layout import Checkpoint, open_checkpoint, open_model_config
 from .mapped import MappedTensors
-from .nunchaku_check import check_linear, check_plain, common_rank, precision_of
+from .nunchaku_check import check_depth, check_linear, check_plain, common_rank, precision_of
 from .nunchaku_layouts import STOCK_CLASSES, Layout, Piece, StoredLinear, StoredTensor, layout_of
 from .nunchaku_linear import LEAVES, join_columns, read_linear, split_rows
-from .skeleton import aligned, set_tensor
+from .skeleton import cast_floating, set_tensor
 
 __all__ = ["load", "read_linear"]
-
-_BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
-Cast = Callable[[str, Tensor], Tensor]
 
 
 def load(checkpoint: Checkpoint, dtype: torch.dtype, device: Any = None, base: Checkpoint | None = None) -> nn.Module:
@@ -44,20 +40,25 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype, device: Any = None, base: C
     if layout is None:
         raise SVDQuantError(f"{checkpoint.path}: {type(skeleton).__name__} has no Nunchaku layout; update svdquant")
     plain = plain_names(skeleton, layout)
-    rest = _rest(checkpoint, base, plain)
+    rest = rest_of(checkpoint, base, plain)
     _check(skeleton, layout, checkpoint, plain, rest)
-    cast = _caster(skeleton, dtype)
+    keep = tuple(getattr(skeleton, "_keep_in_fp32_modules", None) or ())
+
+    def cast(name: str, value: Tensor) -> Tensor:
+        return cast_floating(name, value, dtype, keep, checkpoint.path).to(device)
+
     unsigned = precision_of(checkpoint) == "int4"
     with MappedTensors(found | rest) as file:
         for linear in layout.linears:
             for name, record in _read(file, linear, skeleton, unsigned):
                 original = skeleton.get_submodule(name)
-                replace_module(skeleton, name, make_layer(original, _cast_record(record, dtype, device)))
+                record = cast_record(name, record, dtype, device, checkpoint.path)
+                replace_module(skeleton, name, make_layer(original, record))
         for tensor in layout.tensors:
             for name, value in _unstack(file.get(tensor.name), tensor, skeleton):
-                set_tensor(skeleton, name, cast(name, value).to(device))
+                set_tensor(skeleton, name, cast(name, value))
         for name in plain:
-            set_tensor(skeleton, name, cast(name, file.get(name)).to(device))
+            set_tensor(skeleton, name, cast(name, file.get(name)))
     return _finish(skeleton, checkpoint)
 
 
@@ -74,7 +75,7 @@ def open_base(base: str | Path, checkpoint: Checkpoint) -> Checkpoint | None:
     A file that only lacks its configuration takes that alone. Raises `SVDQuantError` where the base is quantized itself
     or of another class.
     """
-    lacks_weights = all(name.startswith(_BLOCKS) for name in checkpoint.tensors)
+    lacks_weights = checkpoint.blocks_only
     if checkpoint.config and not lacks_weights:
         return None
     if looks_like_hub_id(base):
@@ -111,6 +112,7 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype, base: Checkpoint | Non
     if name not in STOCK_CLASSES.values():
         what = f"names the model class {name!r}" if name else "does not say which model it holds"
         raise SVDQuantError(f"{checkpoint.path}: {what}; give the 16-bit pipeline that it was made from as base")
+    check_depth(config, checkpoint.tensors, checkpoint.path)
     try:
         return empty_model(getattr(diffusers, name), config, dtype)
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
@@ -161,11 +163,11 @@ def _flux_config(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _rest(checkpoint: Checkpoint, base: Checkpoint | None, plain: list[str]) -> dict[str, TensorInfo]:
-    """What comes from the base: the plain tensors, where the file has none of them."""
-    if base is None or any(name in checkpoint.tensors for name in plain):
+def rest_of(checkpoint: Checkpoint, base: Checkpoint | None, plain: list[str]) -> dict[str, TensorInfo]:
+    """What comes from the base: the plain tensors that the file lacks."""
+    if base is None:
         return {}
-    return {name: base.tensors[name] for name in plain if name in base.tensors}
+    return {name: base.tensors[name] for name in plain if name in base.tensors and name not in checkpoint.tensors}
 
 
 def _check(
@@ -184,14 +186,20 @@ def _check(
             shape = (rows, *shape[2:], shape[1])
         check_plain(tensor.name, shape, found, checkpoint.path)
         used.add(tensor.name)
-    if not rest and not any(name in found for name in plain):
+    if not rest and checkpoint.blocks_only:
         raise SVDQuantError(
             f"{checkpoint.path}: holds transformer blocks alone; give the 16-bit pipeline that it was made from as base"
         )
     for name in plain:
         check_plain(name, tuple(state[name].shape), found | rest, checkpoint.path)
         used.add(name)
+    packed = {name.removesuffix(".qweight") for name in found if name.endswith(".qweight")}
     extra = [n for n in sorted(found.keys() - used) if not any(re.search(pattern, n) for pattern in layout.ignored)]
+    if wrong := [name for name in extra if name.rpartition(".")[0] in packed]:
+        raise SVDQuantError(
+            f"{checkpoint.path}: tensor {wrong[0]} fits no layer of the {type(skeleton).__name__} that its "
+            "configuration describes; download it again"
+        )
     if extra:
         # Nunchaku ignores them too; everything that the model needs is there.
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
@@ -254,24 +262,16 @@ def _unstack(value: Tensor, tensor: StoredTensor, skeleton: nn.Module) -> list[t
     return [(target, part.clone().contiguous()) for target, part in zip(tensor.targets, parts, strict=True)]
 
 
-def _cast_record(record: SVDQuantTensors, dtype: torch.dtype, device: Any) -> SVDQuantTensors:
+def cast_record(
+    layer: str, record: SVDQuantTensors, dtype: torch.dtype, device: Any, where: Path | str
+) -> SVDQuantTensors:
+    """The record with its branch and bias in the model's type; scales keep their own. On `device`, None = as it is."""
     if record.spec.kind == "svdquant":
         for leaf in ("proj_down", "proj_up", "bias"):
             value = getattr(record, leaf)
             if value is not None:
-                setattr(record, leaf, value.to(dtype))
+                setattr(record, leaf, cast_floating(f"{layer}.{leaf}", value, dtype, (), where))
     return record if device is None else record.to(device)
-
-
-def _caster(model: Any, dtype: torch.dtype) -> Cast:
-    keep = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
-
-    def cast(name: str, value: Tensor) -> Tensor:
-        if not value.is_floating_point():
-            return value
-        return aligned(value.to(torch.float32 if any(part in keep for part in name.split(".")) else dtype))
-
-    return cast
 
 
 def _finish(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
@@ -291,6 +291,9 @@ def _load_text_encoder(checkpoint: Checkpoint, dtype: torch.dtype, device: Any) 
     if not checkpoint.config:
         raise SVDQuantError(f"{checkpoint.path}: has no configuration of its text encoder; download it again")
     cls = model_class("transformers", checkpoint.model_class, checkpoint.path)
+    depth = checkpoint.config.get("num_layers")
+    if isinstance(depth, int) and depth > len(checkpoint.tensors):
+        raise SVDQuantError(f"{checkpoint.path}: its configuration says num_layers={depth}; download it again")
     with init_empty_weights():
         try:
             model: Any = cls(cls.config_class.from_dict(checkpoint.config))
@@ -303,6 +306,8 @@ def _load_text_encoder(checkpoint: Checkpoint, dtype: torch.dtype, device: Any) 
     tied = getattr(model, "all_tied_weights_keys", {})
     found, state = checkpoint.tensors, model.state_dict()
     absent = {name for name in {*tied, *tied.values()} if name not in found}
+    # Of two names of one tensor, one is read.
+    absent |= {name for name, source in tied.items() if source in found}
     plain = [n for n in state if n.rpartition(".")[0] not in linears and n not in absent]
     layers = [StoredLinear((name,), (Piece(name),), kind="w4a16") for name in linears]
     used = {f"{name}.weight" for name in linears}
@@ -310,16 +315,18 @@ def _load_text_encoder(checkpoint: Checkpoint, dtype: torch.dtype, device: Any) 
         used |= check_linear(layer, model, checkpoint, "int4", 0)
     for name in plain:
         check_plain(name, tuple(state[name].shape), found, checkpoint.path)
-    if unexpected := sorted(found.keys() - used - set(plain)):
+    if unexpected := sorted(found.keys() - used - set(plain) - absent):
         raise SVDQuantError(f"{checkpoint.path}: tensor {unexpected[0]} belongs to no layer of {cls.__name__}")
-    cast = _caster(model, dtype)
+    # transformers keeps them beside float16 only.
+    keep = tuple(getattr(model, "_keep_in_fp32_modules", None) or ()) if dtype == torch.float16 else ()
     with MappedTensors(found) as file:
         for layer in layers:
             for name, record in _read(file, layer, model, unsigned=False):
                 original = model.get_submodule(name)
-                replace_module(model, name, make_layer(original, _cast_record(record, dtype, device)))
+                record = cast_record(name, record, dtype, device, checkpoint.path)
+                replace_module(model, name, make_layer(original, record))
         for name in plain:
-            set_tensor(model, name, cast(name, file.get(name)).to(device))
+            set_tensor(model, name, cast_floating(name, file.get(name), dtype, keep, checkpoint.path).to(device))
     model.tie_weights()
     for parameter in model.parameters():
         parameter.requires_grad_(False)

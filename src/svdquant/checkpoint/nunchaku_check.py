@@ -16,6 +16,12 @@ from .nunchaku_linear import AWQ_GROUP, LEGACY, T5_GROUP
 from .packing import RANK_TILE, TILE
 
 HALF = ("BF16", "F16")
+_STACKS = {
+    "num_layers": "transformer_blocks.",
+    "num_single_layers": "single_transformer_blocks.",
+    "n_layers": "layers.",
+    "n_refiner_layers": "noise_refiner.",
+}
 PRECISIONS = {"int4": "int4", "fp4_e2m1_all": "nvfp4"}
 
 
@@ -34,7 +40,7 @@ def precision_of(checkpoint: Checkpoint) -> str:
     found = next(iter(kinds), "int4")
     weight = (checkpoint.quantization or {}).get("weight")
     declared = weight.get("dtype") if isinstance(weight, dict) else None
-    if declared is not None and kinds and PRECISIONS.get(declared) != found:
+    if declared is not None and kinds and PRECISIONS.get(str(declared)) != found:
         raise SVDQuantError(
             f"{checkpoint.path}: declares {declared!r} weights, its scales are those of {found}; download it again"
         )
@@ -61,6 +67,22 @@ def common_rank(checkpoint: Checkpoint) -> int:
             f"{MAX_STORED_RANK}; download it again"
         )
     return rank
+
+
+def check_depth(config: dict[str, Any], tensors: dict[str, TensorInfo], where: Path) -> None:
+    """Compares the numbers of blocks in a configuration with the tensors, before a model of that size is built.
+
+    Raises `SVDQuantError` where they differ.
+    """
+    for key, stack in _STACKS.items():
+        wanted = config.get(key)
+        if not isinstance(wanted, int):
+            continue
+        depth = len({name[len(stack) :].partition(".")[0] for name in tensors if name.startswith(stack)})
+        if wanted > len(tensors) or (depth and wanted != depth):
+            raise SVDQuantError(
+                f"{where}: its configuration says {key}={wanted}, its tensors are those of {depth}; download it again"
+            )
 
 
 def check_plain(name: str, shape: tuple[int, ...], found: dict[str, TensorInfo], where: Path) -> None:

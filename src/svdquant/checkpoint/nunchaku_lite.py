@@ -15,12 +15,13 @@ from ..nn import make_layer, quantized_layers, replace_module
 from ..numerics import SVDQuantTensors
 from .layout import Checkpoint
 from .mapped import MappedTensors, streamed_file
-from .nunchaku_check import check_linear, check_plain
+from .nunchaku import cast_record
+from .nunchaku_check import check_depth, check_linear, check_plain
 from .nunchaku_layouts import Piece, StoredLinear
 from .nunchaku_linear import AWQ_GROUP, LEAVES, read_linear
 from .nunchaku_pack import unfit, unfit_w4a16, with_shift, write_linear, write_w4a16
 from .packing import RANK_TILE, TILE
-from .skeleton import aligned, set_tensor
+from .skeleton import cast_floating, set_tensor
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 _GROUPS = {"int4": 64, "nvfp4": 16}
@@ -37,6 +38,7 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype, device: Any = None) -> nn.M
     where = checkpoint.path
     w4a4, w4a16 = _targets(checkpoint)
     cls = model_class(checkpoint.library, checkpoint.model_class, where)
+    check_depth(checkpoint.config, checkpoint.tensors, where)
     model = empty_model(cls, {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}, dtype)
     linears = [(t, "svdquant") for t in w4a4["targets"]] + [(t, "w4a16") for t in w4a16["targets"]]
     used: set[str] = set()
@@ -58,25 +60,17 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype, device: Any = None) -> nn.M
         check_plain(name, tuple(state[name].shape), checkpoint.tensors, where)
     if unexpected := sorted(checkpoint.tensors.keys() - used - set(plain)):
         raise SVDQuantError(f"{where}: tensor {unexpected[0]} belongs to no layer of {cls.__name__}")
+    keep = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     with MappedTensors(checkpoint.tensors) as file:
         for name, _ in linears:
             original: Any = model.get_submodule(name)
             tensors = {leaf: file.get(f"{name}.{leaf}") for leaf in LEAVES if f"{name}.{leaf}" in file.tensors}
             record = read_linear(tensors, original.out_features, original.in_features)
-            replace_module(model, name, make_layer(original, _placed(record, dtype, device)))
+            replace_module(model, name, make_layer(original, cast_record(name, record, dtype, device, where)))
         for name in plain:
-            value = file.get(name)
-            set_tensor(model, name, aligned(value.to(dtype) if value.is_floating_point() else value).to(device))
+            set_tensor(model, name, cast_floating(name, file.get(name), dtype, keep, where).to(device))
     attach(model, SVDQuantConfig(weights=w4a4["precision"], rank=min(w4a4["rank"], 256), rotate=False))
     return model.eval()
-
-
-def _placed(record: SVDQuantTensors, dtype: torch.dtype, device: Any) -> SVDQuantTensors:
-    if record.spec.kind == "svdquant":
-        for leaf in ("proj_down", "proj_up", "bias"):
-            value = getattr(record, leaf)
-            setattr(record, leaf, None if value is None else value.to(dtype))
-    return record if device is None else record.to(device)
 
 
 def _targets(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:

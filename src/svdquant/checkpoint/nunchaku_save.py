@@ -55,7 +55,7 @@ def save(model: Any, path: Path, blocks_only: bool = False) -> list[str]:
     layout = layout_of(model, lambda name: name in records)
     if layout is None:
         raise SVDQuantError(f"{type(model).__name__} has no Nunchaku layout; save it as svdquant or nunchaku_lite")
-    to_file = path.suffix == ".safetensors"
+    to_file = path.suffix in (".safetensors", ".sft")
     if not layout.blocks and (blocks_only or not to_file):
         raise SVDQuantError(f"{path}: Nunchaku stores a {type(model).__name__} as one file; end it in .safetensors")
     check(layout, records, model)
@@ -70,8 +70,7 @@ def save(model: Any, path: Path, blocks_only: bool = False) -> list[str]:
     if to_file:
         with streamed_file(path, names, {"format": "pt"} if blocks_only else metadata) as file:
             _write_blocks(file, layout, records, model, rank, notes)
-            if not blocks_only:
-                _write_plain(file, plain, model)
+            _write_plain(file, [n for n in plain if n.startswith(layout.blocks)] if blocks_only else plain, model)
         return notes.sentences()
     path.mkdir(parents=True, exist_ok=True)
     in_blocks = [name for name in plain if name.startswith(layout.blocks)]
@@ -244,7 +243,7 @@ def _comfy_config(model: Any) -> dict[str, Any]:
 
 
 def _save_text_encoder(model: Any, records: Records, path: Path) -> list[str]:
-    if path.suffix != ".safetensors":
+    if path.suffix not in (".safetensors", ".sft"):
         raise SVDQuantError(f"{path}: Nunchaku stores a text encoder as one file; end it in .safetensors")
     for name, record in records.items():
         if reason := unfit_w4a16(record, 128):

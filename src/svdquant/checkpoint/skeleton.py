@@ -125,6 +125,32 @@ def is_aligned(value: Tensor) -> bool:
     return value.device.type != "cpu" or value.data_ptr() % _CACHE_LINE == 0
 
 
+def cast_floating(
+    name: str, value: Tensor, dtype: torch.dtype, keep_in_fp32: Iterable[str], where: Path | str
+) -> Tensor:
+    """A floating tensor in the model's type, or in float32 below a module named in `keep_in_fp32`; others as they are.
+
+    Raises `SVDQuantError` where float16 cannot hold a number.
+    """
+    if not value.is_floating_point():
+        return value
+    parts = name.split(".")
+    wanted = torch.float32 if any(part in keep_in_fp32 for part in parts) else dtype
+    cast = value.to(wanted)
+    if wanted == torch.float16 and value.dtype != torch.float16 and not bool(cast.isfinite().all()):
+        raise SVDQuantError(f"{where}: tensor {name} does not fit float16; load it with torch_dtype=torch.bfloat16")
+    return aligned(cast)
+
+
+def check_device(device: torch.device | str | None) -> None:
+    """Raises `SVDQuantError` for a device that is not there, before anything is read."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise SVDQuantError(f"device {str(device)!r} cannot be used ({reason}); see `svdquant doctor`") from error
+
+
 def check_load_dtype(dtype: torch.dtype | None) -> None:
     """Raises `SVDQuantError` for a type that the branch and the biases cannot be computed in."""
     if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -19,7 +17,7 @@ from ..checkpoint.canonical import FORMATS, load_model, save_foreign, save_model
 from ..checkpoint.header import TensorInfo
 from ..checkpoint.layout import BLOCKS_FILE, T5_FILE, Checkpoint, open_checkpoint
 from ..checkpoint.mapped import MappedTensors
-from ..checkpoint.nunchaku import open_base, plain_names, stock_class
+from ..checkpoint.nunchaku import open_base, plain_names, rest_of, stock_class
 from ..checkpoint.nunchaku_layouts import STOCK_CLASSES, layout_of
 from ..checkpoint.skeleton import DTYPES, stored_dtype
 from ..config import SVDQuantConfig
@@ -129,7 +127,11 @@ def convert(
         layers=len(quantized_layers(model)),
         changes=work.changes,
         losses=losses,
-        remarks=remarks + _dropped(opened) + _padded_branches(model, written, to) + _unused(weights, kinds),
+        remarks=remarks
+        + _parts(opened, model, base, blocks_only)
+        + _dropped(opened, to)
+        + _padded_branches(model, written, to)
+        + _unused(weights, kinds),
         bytes_before=sum(info.nbytes for info in opened.tensors.values()),
         bytes_after=sum(info.nbytes for info in written.tensors.values()),
         seconds=time.perf_counter() - began,
@@ -166,7 +168,7 @@ def check_target(out: Path, source: Path, overwrite: bool) -> None:
     source: the local file or folder of the model that is read.
     """
     here = source.resolve()
-    if out.resolve() == here or (source.is_dir() and out.resolve().parent == here):
+    if out.resolve() == here or (source.is_dir() and here in out.resolve().parents):
         raise SVDQuantError(f"{out}: is the input, or in it; choose another path")
     existing = next(p for p in (out.parent, *out.parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -198,33 +200,13 @@ def _describe(model: Any, work: Conform) -> None:
 
 
 def _save(model: Any, out: Path, to: str, blocks_only: bool) -> list[str]:
-    """Writes the model; returns what the format rounds. A folder that was there is replaced whole."""
+    """Writes the model; returns what the format rounds. Files of a folder that are no model's stay."""
     parent = next(p for p in (out.parent, *out.parents) if p.exists())
     check_disk(parent, sum(t.nbytes for t in model.state_dict().values()))
-    if not out.is_dir():
-        return _write(model, out, to, blocks_only)
-    try:
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise SVDQuantError(f"{out}: cannot be replaced ({error.strerror}); choose another path") from error
-    try:
-        losses = _write(model, scratch / out.name, to, blocks_only)
-        os.replace(out, scratch / "replaced")
-        try:
-            os.replace(scratch / out.name, out)
-        except OSError:
-            os.replace(scratch / "replaced", out)
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return losses
-
-
-def _write(model: Any, out: Path, to: str, blocks_only: bool) -> list[str]:
     if to == "svdquant":
         save_model(model, out)
         return []
-    return save_foreign(model, out, to, **({"blocks_only": True} if blocks_only else {}))
+    return save_foreign(model, out, to, blocks_only=blocks_only)
 
 
 def _rounded_on_loading(opened: Checkpoint, model: nn.Module, base: str | Path | None) -> list[str]:
@@ -252,15 +234,20 @@ def _from_base(opened: Checkpoint, model: nn.Module, base: str | Path | None) ->
     layout = layout_of(model, lambda name: f"{name}.qweight" in opened.tensors)
     if base is None or layout is None or opened.method != "nunchaku":
         return {}
-    plain = plain_names(model, layout)
-    if any(name in opened.tensors for name in plain):
-        return {}
-    completing = open_base(base, opened)
-    rest = {} if completing is None else completing.tensors
-    return {name: rest[name] for name in plain if name in rest}
+    return rest_of(opened, open_base(base, opened), plain_names(model, layout))
 
 
-def _dropped(opened: Checkpoint) -> list[str]:
+def _parts(opened: Checkpoint, model: nn.Module, base: str | Path | None, blocks_only: bool) -> list[str]:
+    """Where the 16-bit rest came from or went."""
+    out = []
+    if taken := _from_base(opened, model, base):
+        out.append(f"{len(taken)} tensors that the input lacks were taken from {base}")
+    if blocks_only:
+        out.append("the blocks alone were written; whoever loads them needs the 16-bit pipeline for the rest")
+    return out
+
+
+def _dropped(opened: Checkpoint, to: str) -> list[str]:
     """What a file has and no model of diffusers has a place for."""
     other = []
     with MappedTensors(opened.tensors) as file:
@@ -271,7 +258,8 @@ def _dropped(opened: Checkpoint) -> list[str]:
     out = []
     if other:
         leaf = other[0].rpartition(".")[2]
-        out.append(f"{leaf} of {len(other)} layers, a second smooth factor that nothing computes with: left out")
+        fate = "replaced by the first" if to == "nunchaku" else "left out"
+        out.append(f"{leaf} of {len(other)} layers, a second smooth factor that nothing computes with: {fate}")
     if pag := {name.rpartition(".")[0] for name in opened.tensors if ".attn.pag_to_v." in name}:
         out.append(f"attn.pag_to_v of {len(pag)} blocks, a second copy for perturbed attention: left out")
     return out

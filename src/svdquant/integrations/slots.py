@@ -16,7 +16,7 @@ from ..errors import SVDQuantError
 from .sources import hub_json
 
 _FLUX, _QWEN = "FluxTransformer2DModel", "QwenImageTransformer2DModel"
-_BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
+_SINGLE = "single_transformer_blocks."
 
 # (part of a published checkpoint's name, its model class, the pipeline that it was made from); the first match counts.
 PUBLISHED = (
@@ -54,12 +54,12 @@ _COMPARED = (
 def model_class_of(checkpoint: Checkpoint) -> str:
     """The stock class of a checkpoint's model, "" where it does not say."""
     name = STOCK_CLASSES.get(checkpoint.model_class, checkpoint.model_class)
-    return name or (_FLUX if any(tensor.startswith(_BLOCKS[1]) for tensor in checkpoint.tensors) else "")
+    return name or (_FLUX if any(tensor.startswith(_SINGLE) for tensor in checkpoint.tensors) else "")
 
 
 def blocks_only(checkpoint: Checkpoint) -> bool:
     """Whether it is one of the oldest files, whose other tensors have to come from a 16-bit pipeline."""
-    return checkpoint.method == "nunchaku" and all(name.startswith(_BLOCKS) for name in checkpoint.tensors)
+    return checkpoint.blocks_only
 
 
 def published_base(checkpoint: Checkpoint, names: Iterable[str] = ()) -> str | None:

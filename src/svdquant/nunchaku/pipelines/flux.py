@@ -70,5 +70,4 @@ def _is_complete(path: Path) -> bool:
     if not path.exists():
         return True
     checkpoint = open_checkpoint(path)
-    blocks = ("transformer_blocks.", "single_transformer_blocks.")
-    return bool(checkpoint.config) and any(not name.startswith(blocks) for name in checkpoint.tensors)
+    return bool(checkpoint.config) and not checkpoint.blocks_only
