@@ -33,7 +33,7 @@ def test_without_a_gpu() -> None:
 
 @pytest.mark.parametrize(
     ("capability", "precision"),
-    [((7, 5), "int4"), ((8, 9), "int4"), ((9, 0), "int4"), ((10, 0), "int4"), ((12, 0), "fp4"), ((12, 1), "fp4")],
+    [((7, 5), "int4"), ((8, 9), "int4"), ((9, 0), "int4"), ((10, 0), "fp4"), ((12, 0), "fp4"), ((12, 1), "fp4")],
 )
 def test_on_gpus(capability: tuple[int, int], precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, capability)

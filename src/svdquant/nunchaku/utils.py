@@ -42,7 +42,7 @@ def get_precision(
         raise SVDQuantError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
     if precision != "auto":
         return "int4" if precision == "int4" else "fp4"
-    return "fp4" if _capability(device) in ((12, 0), (12, 1)) else "int4"
+    return "fp4" if (_capability(device) or (0, 0))[0] in (10, 12) else "int4"
 
 
 def is_turing(device: str | torch.device = "cuda") -> bool:
