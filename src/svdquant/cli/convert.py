@@ -68,7 +68,7 @@ def convert(
 
 
 def _text(report: ConvertReport) -> str:
-    numbers = "bit-exact: every number is as it was"
+    numbers = "bit-exact: every number that is computed with is as it was"
     if not report.exact:
         changed = {name for change in report.changes if change.what == "layer" for name in change.errors}
         numbers = f"changed in {len(changed)} layers, see above" if changed else "changed, see above"
