@@ -79,7 +79,9 @@ def requantize(
         return weights_only(residual, record.bias, group_size, dtype)
     new = _quantized(residual, new_spec, dtype)
     new.smooth_factor, new.proj_down, new.proj_up = record.smooth_factor, record.proj_down, record.proj_up
-    return _with_bias(new, record.dense()[1], record.bias, spec.unsigned)
+    # What the bias means is only asked for where a shift is in it.
+    meant = record.dense()[1] if spec.unsigned or new_spec.unsigned else None
+    return _with_bias(new, meant, record.bias, spec.unsigned)
 
 
 def _unrotated(residual: Tensor) -> Tensor:
