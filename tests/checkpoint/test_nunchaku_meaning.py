@@ -69,6 +69,8 @@ CASES = [
     Case("sdxl", half=FP16, rank=32),
     Case("zimage", rank=32),
     Case("zimage", "nvfp4"),
+    Case("zimage", rank=256),
+    Case("flux", "nvfp4", FP16, rank=256, container="folder"),
     Case("zimage", half=FP16, options={"skip_refiners": True}),
     Case("zimage", "nvfp4", options={"skip_refiners": True}),
     Case("sana"),
