@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,23 @@ TORCH_TYPES = {
 NAMES = {dtype: name for name, dtype in TORCH_TYPES.items()}
 _ENTRY_BYTES = 160
 _RELEASE = getattr(mmap, "MADV_DONTNEED", None)
+_CHUNK = 16 << 20
+_TRIM_EVERY = 64 << 20
+
+
+def _trim() -> Callable[[int], int] | None:
+    """glibc's call that gives freed memory back to the system; None elsewhere."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):
+        return None
+
+
+def _release(mapped: mmap.mmap, start: int, stop: int) -> None:
+    """Gives back the pages that lie wholly between two places of a file."""
+    first, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
+    if _RELEASE is not None and end > first:
+        mapped.madvise(_RELEASE, first, end - first)
 
 
 class MappedTensors:
@@ -40,6 +58,7 @@ class MappedTensors:
     def __init__(self, tensors: dict[str, TensorInfo]) -> None:
         self.tensors = tensors
         self._maps: dict[Path, mmap.mmap] = {}
+        self._read, self._trim = 0, _trim()
 
     def __enter__(self) -> MappedTensors:
         return self
@@ -48,6 +67,8 @@ class MappedTensors:
         for mapped in self._maps.values():
             mapped.close()
         self._maps.clear()
+        if self._trim is not None:
+            self._trim(0)
 
     def get(self, name: str, device: torch.device | str | None = None) -> Tensor:
         """A copy in memory of its own; the file's pages are given back at once."""
@@ -60,13 +81,16 @@ class MappedTensors:
         mapped = self._map(info.file)
         value = torch.empty(info.nbytes, dtype=torch.uint8)
         # A copy of bytes, whose alignment in the file does not matter; through memoryviews, which close with the map.
-        memory = memoryview(value.numpy())
-        memory[:] = memoryview(mapped)[info.start : info.start + info.nbytes]
-        if _RELEASE is not None:
-            first = -(-info.start // mmap.PAGESIZE) * mmap.PAGESIZE
-            length = (info.start + info.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
-            if length > 0:
-                mapped.madvise(_RELEASE, first, length)
+        memory, source = memoryview(value.numpy()), memoryview(mapped)
+        for start in range(0, info.nbytes, _CHUNK):
+            stop = min(start + _CHUNK, info.nbytes)
+            memory[start:stop] = source[info.start + start : info.start + stop]
+            _release(mapped, info.start + start, info.start + stop)
+        self._read += info.nbytes
+        if self._trim is not None and self._read > _TRIM_EVERY:
+            # What is unpacked leaves holes of half its size on the heap, between what is kept.
+            self._read = 0
+            self._trim(0)
         tensor = value.view(dtype).view(info.shape)
         return tensor if device is None else tensor.to(device)
 
