@@ -34,7 +34,7 @@ NAMES = {dtype: name for name, dtype in TORCH_TYPES.items()}
 _ENTRY_BYTES = 160
 _RELEASE = getattr(mmap, "MADV_DONTNEED", None)
 _CHUNK = 16 << 20
-_TRIM_EVERY = 64 << 20
+_TRIM_EVERY = 256 << 20
 
 
 def _trim() -> Callable[[int], int] | None:
