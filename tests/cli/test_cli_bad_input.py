@@ -121,7 +121,7 @@ def test_rank_above_the_layer(command: Callable, source: Path, tmp_path: Path) -
 def test_calibration_that_reaches_no_layer(
     command: Callable, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("svdquant.integrations.on_disk.draw", lambda *_: [])
+    monkeypatch.setattr("svdquant.integrations.calibration.draw", lambda *_: [])
     sentence = quantize(command, source, tmp_path / "out", "--prompt", "a cat", *SMALL)
     assert "calibration never reached transformer_blocks.0" in sentence
 

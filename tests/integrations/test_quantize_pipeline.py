@@ -27,7 +27,7 @@ import svdquant
 from svdquant import SVDQuantConfig, SVDQuantError, families
 from svdquant.checkpoint.layout import open_checkpoint
 from svdquant.checkpoint.streaming import WeightReader
-from svdquant.integrations import on_disk
+from svdquant.integrations import calibration, on_disk
 from svdquant.integrations.on_disk import quantize_pipeline
 from svdquant.integrations.pipeline import (
     PipelineOptions,
@@ -328,7 +328,7 @@ def test_too_little_host_memory_is_noticed(source: Path, tmp_path: Path, monkeyp
     assert pipeline_bytes(source) == pytest.approx(loaded, rel=0.01)
     quantize_pipeline(source, tmp_path / "plain", config(), prompts=PROMPTS, options=OPTIONS)
     notes = []
-    monkeypatch.setattr(on_disk.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 << 20))
+    monkeypatch.setattr(calibration.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 << 20))
     arguments = {"prompts": PROMPTS, "options": OPTIONS, "device": "cpu"}
     quantize_pipeline(
         source, tmp_path / "small", config(), **arguments,

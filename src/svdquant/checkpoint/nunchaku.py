@@ -226,13 +226,8 @@ def _read(
     for record, wanted in zip(records, keep, strict=True):
         if wanted and record.bias is None:
             # Nunchaku adds none here; the stock module has one.
-            record.bias = record.wscales.new_zeros(record.out_features, dtype=_half_of(record))
+            record.bias = record.wscales.new_zeros(record.out_features, dtype=record.floating_dtype)
     return list(zip(linear.members, records, strict=True))
-
-
-def _half_of(record: SVDQuantTensors) -> torch.dtype:
-    smooth = record.smooth_factor
-    return record.wscales.dtype if smooth is None else smooth.dtype
 
 
 def in_features(module: Any) -> int:

@@ -13,7 +13,7 @@ from .header import TensorInfo
 from .layout import Checkpoint
 from .nunchaku_layouts import StoredLinear
 from .nunchaku_linear import AWQ_GROUP, LEGACY, T5_GROUP
-from .packing import RANK_TILE, TILE
+from .packing import RANK_TILE, TILE, round_up
 
 HALF = ("BF16", "F16")
 _STACKS = {
@@ -122,8 +122,8 @@ def check_linear(
         if linear.kind == "w4a16":
             check.w4a16(n, k)
         else:
-            check.w4a4(_up(n, TILE) if padded else n, _up(k, TILE) if padded else k, weights, rank)
-        check.optional("bias", [(_up(n, TILE),) if linear.kind != "w4a16" and padded else (n,)], (*HALF, "F32"))
+            check.w4a4(round_up(n, TILE) if padded else n, round_up(k, TILE) if padded else k, weights, rank)
+        check.optional("bias", [(round_up(n, TILE),) if linear.kind != "w4a16" and padded else (n,)], (*HALF, "F32"))
         if with_bias and last and "bias" not in check.leaves:
             check.missing("bias")
         names |= {f"{piece.name}.{leaf}" for leaf in check.leaves}
@@ -182,11 +182,7 @@ class _Checker:
         if k % group:
             raise SVDQuantError(f"{self.path}: layer {self.layer} has {k} inputs, which groups of {group} do not fill")
         exact = k // group
-        counts = [exact] if exact % 8 == 0 else [exact, _up(exact, 8)]
-        shapes: list[tuple[int, ...]] = [(count, n) for count in dict.fromkeys([*counts, _up(exact, 16)])]
+        counts = [exact] if exact % 8 == 0 else [exact, round_up(exact, 8)]
+        shapes: list[tuple[int, ...]] = [(count, n) for count in dict.fromkeys([*counts, round_up(exact, 16)])]
         self.required("scales" if t5 else "wscales", shapes, HALF)
         self.required("scaled_zeros" if t5 else "wzeros", shapes, HALF)
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

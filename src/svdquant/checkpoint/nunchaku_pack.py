@@ -12,7 +12,7 @@ from ..errors import SVDQuantError
 from ..numerics import GELU_SHIFT, SVDQuantTensors
 from . import packing
 from .nunchaku_linear import AWQ_GROUP, LEGACY, T5_GROUP, ZERO, shift_units
-from .packing import AWQ_COLUMNS, AWQ_ROWS, TILE
+from .packing import AWQ_COLUMNS, AWQ_ROWS, TILE, round_up
 
 
 def take_columns(record: SVDQuantTensors, start: int, stop: int, last: bool) -> SVDQuantTensors:
@@ -129,12 +129,12 @@ def write_linear(
     fused: several stacked linears, whose outer scales are written per row even where they are equal.
     Raises `SVDQuantError` where the record is not what the format holds; the layer's name is the caller's to add.
     """
-    spec, half = record.spec, _half(record)
+    spec, half = record.spec, record.floating_dtype
     reason = unfit(record)
     if reason:
         raise SVDQuantError(reason)
     n = record.out_features if rows is None else rows.numel()
-    padded_n, padded_k = _up(n, TILE), _up(record.in_features, TILE)
+    padded_n, padded_k = round_up(n, TILE), round_up(record.in_features, TILE)
     group, nvfp4 = spec.group_size, spec.weights == "nvfp4"
 
     def of_rows(t: Tensor, fill: float) -> Tensor:
@@ -191,7 +191,7 @@ def rounded_outer(record: SVDQuantTensors, fused: bool) -> float:
     outer = record.wcscales
     if outer is None or outer.dtype != torch.float32 or (not fused and bool((outer == outer[0]).all())):
         return 0.0
-    return float(((outer.to(_half(record)).float() - outer) / outer).abs().max())
+    return float(((outer.to(record.floating_dtype).float() - outer) / outer).abs().max())
 
 
 def unfit(record: SVDQuantTensors, cut: bool = False) -> str:
@@ -205,7 +205,7 @@ def unfit(record: SVDQuantTensors, cut: bool = False) -> str:
         return f"has groups of {spec.group_size}, the format has 64"
     if spec.outer_blocks > 1 and not cut:
         return "has several outer scales per row, the format has one"
-    half = _half(record)
+    half = record.floating_dtype
     if half not in (torch.bfloat16, torch.float16):
         return f"has a branch in {str(half).removeprefix('torch.')}, the format holds bfloat16 and float16"
     return ""
@@ -229,7 +229,7 @@ def write_w4a16(record: SVDQuantTensors, chunks: int = 0, t5: bool = False) -> d
     if not t5:
         packed = {"qweight": packing.pack_awq(codes), "wscales": scales.T.contiguous(), "wzeros": zeros.T.contiguous()}
     else:
-        groups = _up(scales.shape[1], 8)
+        groups = round_up(scales.shape[1], 8)
         packed = {
             "qweight": packing.pack_awq(codes, torch.int16),
             "scales": _pad(scales.T, groups, 0),
@@ -273,18 +273,8 @@ def with_shift(record: SVDQuantTensors, unsigned: bool) -> SVDQuantTensors:
     for start, stop in wanted:
         shift[start:stop] -= GELU_SHIFT
     old = weight.new_zeros(record.out_features) if record.bias is None else record.bias.float()
-    bias = (old + weight @ shift).to(_half(record))
+    bias = (old + weight @ shift).to(record.floating_dtype)
     return replace(record, bias=bias, spec=replace(record.spec, unsigned=wanted))
-
-
-def _half(record: SVDQuantTensors) -> torch.dtype:
-    """The 16-bit type of a layer's branch, else of its scales."""
-    candidates = [record.proj_up, record.smooth_factor, record.wscales, record.bias, record.wcscales]
-    return next((t.dtype for t in candidates if t is not None and t.itemsize > 1), torch.bfloat16)
-
-
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 def _pad(t: Tensor, length: int, fill: float) -> Tensor:

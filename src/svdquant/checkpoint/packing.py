@@ -15,6 +15,11 @@ RANK_TILE = 16
 AWQ_ROWS, AWQ_COLUMNS = 4, 64
 
 
+def round_up(n: int, multiple: int) -> int:
+    """The next multiple of `multiple` that is not below n."""
+    return -(-n // multiple) * multiple
+
+
 def unpack_w4a4(qweight: Tensor) -> Tensor:
     """int8 [N, K/2] to uint8 [N, K/2]. Eight columns are one 32-bit word in both orders; words are moved."""
     n, k = qweight.shape[0], qweight.shape[1] * 2

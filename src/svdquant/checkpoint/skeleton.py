@@ -145,6 +145,8 @@ def cast_floating(
 def check_device(device: torch.device | str | None) -> None:
     """Raises `SVDQuantError` for a device that is not there, before anything is read."""
     try:
+        if device is not None and torch.device(device).type == "meta":
+            raise RuntimeError("it holds no data")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.layout import read_json
+from ..checkpoint.skeleton import check_device
 from ..errors import SVDQuantError
 
 # What a model folder may say about how it wants to be run; also where the embedded model keeps its prompts.
@@ -79,15 +80,8 @@ def pick_device(name: str = "auto") -> torch.device:
         if hasattr(torch, "xpu") and torch.xpu.is_available():
             return torch.device("xpu")
         return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("it holds no data")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise SVDQuantError(f"device {name!r} cannot be used ({reason}); see `svdquant doctor`") from error
-    return device
+    check_device(name)
+    return torch.device(name)
 
 
 def place(pipe: Any, device: torch.device) -> None:

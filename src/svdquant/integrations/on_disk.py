@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from ..checkpoint.layout import Checkpoint, open_checkpoint
-from ..checkpoint.skeleton import stored_dtype
+from ..checkpoint.layout import Checkpoint
 from ..checkpoint.streaming import SHARD_BYTES, ShardWriter, WeightReader
 from ..config import SVDQuantConfig
 from ..errors import SVDQuantError
@@ -26,18 +21,14 @@ from ..ptq.quantize import make_report
 from ..ptq.report import LayerReport, Report
 from ..ptq.stream import SolvedGroups, solve_to_files, write_atomically
 from ..ptq.trace import LayerTrace
+from .calibration import CalibrationDrawing, StageProgress, checkpoints_of, working_dtype
 from .pipeline import (
     PipelineOptions,
     build_skeleton,
     check_files,
-    denoisers,
-    draw,
-    host_memory_for,
-    load_pipeline,
     model_class,
     parse_dtype,
     pick_device,
-    pipeline_bytes,
     resolve_model,
 )
 from .single_file import check_single_file, origin_of, unpack
@@ -55,8 +46,6 @@ from .work_folder import (
     write_text,
 )
 
-# (stage, done, total, what is being worked on); stages: "calibrate", "solve", "write", and "note" for a remark.
-StageProgress = Callable[[str, int, int, str], None]
 # These only judge the finished layers, so changing them does not invalidate what is solved.
 _JUDGING = ("max_error", "keep_16bit_above")
 
@@ -100,7 +89,7 @@ def quantize_pipeline(
         raise SVDQuantError(f"{source}: is a model without its pipeline; name the pipeline folder, or pass --data-free")
     else:
         check_files(source)
-        _checkpoints(source)
+        checkpoints_of(source)
     say = progress or (lambda *_: None)
     work = out.with_name(out.name + ".partial")
     with locked(work, out):
@@ -115,7 +104,7 @@ def quantize_pipeline(
             source = unpack(source, base, work, wanted, origin)
         drawing = None
         if prompts is not None:
-            drawing = _Drawing(
+            drawing = CalibrationDrawing(
                 source, prompts, options or PipelineOptions(), seed, wanted, where, max_memory, work, say
             )
         try:
@@ -131,7 +120,7 @@ def _quantize(
     out: Path,
     work: Path,
     config: SVDQuantConfig,
-    drawing: _Drawing | None,
+    drawing: CalibrationDrawing | None,
     origin: dict[str, Any] | None,
     dtype: torch.dtype | None,
     device: str,
@@ -141,7 +130,8 @@ def _quantize(
     """From a pipeline or model folder to `out`, by way of `work`."""
     is_pipeline = (source / "model_index.json").is_file()
     jobs = {
-        part: _Job(part, checkpoint, config, work, dtype, drawing) for part, checkpoint in _checkpoints(source).items()
+        part: _Job(part, checkpoint, config, work, dtype, drawing)
+        for part, checkpoint in checkpoints_of(source).items()
     }
     copied = other_components(source, set(jobs)) if is_pipeline else []
     _claim(work, jobs, config, drawing, origin, copied)
@@ -170,86 +160,6 @@ def _quantize(
     return report
 
 
-def _checkpoints(source: Path) -> dict[str, Checkpoint]:
-    """The 16-bit denoisers of a pipeline folder by name; of a model folder itself, under the name ""."""
-    parts = denoisers(source) if (source / "model_index.json").is_file() else [""]
-    checkpoints = {part: open_checkpoint(source, part or None) for part in parts}
-    for checkpoint in checkpoints.values():
-        if checkpoint.quantization is not None:
-            raise SVDQuantError(f"{checkpoint.path}: is quantized already; start from the 16-bit model")
-    return checkpoints
-
-
-class _Drawing:
-    """The 16-bit pipeline and what it draws to calibrate; loaded when first needed."""
-
-    def __init__(
-        self,
-        source: Path,
-        prompts: list[str],
-        options: PipelineOptions,
-        seed: int,
-        dtype: torch.dtype | None,
-        device: torch.device,
-        max_memory: str | None,
-        work: Path,
-        say: StageProgress,
-    ) -> None:
-        self.source, self.prompts, self.options, self.seed = source, prompts, options, seed
-        self.dtype, self.device, self.given_memory, self.say = dtype, device, max_memory, say
-        self.offload = work / "offload"
-        self._pipe: Any = None
-
-    def key(self) -> list[Any]:
-        """What decides the pictures, but for the model."""
-        return [self.prompts, vars(self.options), self.seed]
-
-    def _load_dtype(self) -> torch.dtype:
-        return self.dtype or _working_dtype(next(iter(_checkpoints(self.source).values())))
-
-    @cached_property
-    def max_memory(self) -> str | None:
-        """As given, or chosen where the pipeline would not fit into the host's memory."""
-        if self.given_memory is not None or self.device.type != "cpu":
-            return self.given_memory
-        needed, available = pipeline_bytes(self.source, self._load_dtype()), psutil.virtual_memory().available
-        chosen = host_memory_for(needed, available)
-        if chosen is not None:
-            text = (
-                f"the 16-bit pipeline takes {needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB of memory are "
-                f"free: {chosen} of its denoiser stay in memory, the rest on disk; --max-memory sets how much"
-            )
-            self.say("note", 0, 0, text)
-        return chosen
-
-    @property
-    def pipe(self) -> Any:
-        if self._pipe is None:
-            self.offload.mkdir(parents=True, exist_ok=True)
-            self._pipe = load_pipeline(
-                self.source,
-                dtype=self._load_dtype(),
-                device=str(self.device),
-                max_memory=self.max_memory,
-                offload_folder=self.offload,
-            )
-        return self._pipe
-
-    def picture(self, number: int) -> None:
-        draw(self.pipe, [self.prompts[number]], [self.seed + number], self.options)
-
-    def close(self) -> None:
-        self._pipe = None
-        gc.collect()
-        shutil.rmtree(self.offload, ignore_errors=True)
-
-
-def _working_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """As stored; bfloat16 for float32."""
-    stored = stored_dtype(checkpoint.tensors)
-    return stored if stored != torch.float32 else torch.bfloat16
-
-
 class _Job:
     """One denoiser on its way: plan, inputs and solved groups under `work`."""
 
@@ -260,11 +170,11 @@ class _Job:
         config: SVDQuantConfig,
         work: Path,
         dtype: torch.dtype | None,
-        drawing: _Drawing | None,
+        drawing: CalibrationDrawing | None,
     ) -> None:
         self.part, self.checkpoint, self.config = part, checkpoint, config
         self.inputs, self.solved = work / "inputs" / part, work / "solved" / part
-        self.dtype = dtype or _working_dtype(checkpoint)
+        self.dtype = dtype or working_dtype(checkpoint)
         cls = model_class(checkpoint.model_class)
         self.fp32 = tuple(getattr(cls, "_keep_in_fp32_modules", None) or ())
         self.reader = WeightReader(checkpoint, self.dtype, self.fp32)
@@ -276,7 +186,7 @@ class _Job:
         self.store: CalibrationStore | None = None
         self.groups: SolvedGroups | None = None
 
-    def _traces(self, file: Path, drawing: _Drawing) -> dict[str, LayerTrace]:
+    def _traces(self, file: Path, drawing: CalibrationDrawing) -> dict[str, LayerTrace]:
         """Of the first prompt's first step; kept for the run that continues this one."""
         key = digest([self.reader.fingerprint(), str(self.dtype), drawing.key()])
         if file.is_file():
@@ -290,7 +200,7 @@ class _Job:
         write_atomically(file, lambda path: write_text(path, text))
         return traces
 
-    def calibrate(self, drawing: _Drawing) -> None:
+    def calibrate(self, drawing: CalibrationDrawing) -> None:
         """Runs the 16-bit pipeline over the prompts, unless that has been done."""
         count = len(drawing.prompts)
         if not CalibrationStore.complete(self.inputs):
@@ -360,7 +270,7 @@ def _claim(
     work: Path,
     jobs: dict[str, _Job],
     config: SVDQuantConfig,
-    drawing: _Drawing | None,
+    drawing: CalibrationDrawing | None,
     origin: dict[str, Any] | None,
     copied: list[Path],
 ) -> None:
@@ -393,7 +303,9 @@ def _claim(
     write_atomically(file, lambda path: write_text(path, json.dumps(job, indent=1)))
 
 
-def _disk_needed(jobs: dict[str, _Job], config: SVDQuantConfig, drawing: _Drawing | None, copied: list[Path]) -> int:
+def _disk_needed(
+    jobs: dict[str, _Job], config: SVDQuantConfig, drawing: CalibrationDrawing | None, copied: list[Path]
+) -> int:
     """Bytes: solved groups and the result made of them, copied models, calibration inputs, offloaded weights."""
     needed = 2 * sum(job.plan.bytes_after for job in jobs.values()) + sum(size_of(path) for path in copied)
     if drawing is not None:

@@ -58,6 +58,12 @@ class SVDQuantTensors:
     def out_features(self) -> int:
         return self.qweight.shape[0]
 
+    @property
+    def floating_dtype(self) -> torch.dtype:
+        """The type of the branch, else of smoothing, scales or bias; never an 8-bit one."""
+        tensors = (self.proj_up, self.smooth_factor, self.wscales, self.wcscales, self.bias)
+        return next((t.dtype for t in tensors if t is not None and t.itemsize > 1), torch.bfloat16)
+
     def named(self) -> dict[str, Tensor]:
         """The tensors that are stored, by their names in a checkpoint."""
         pairs = ((f.name, getattr(self, f.name)) for f in fields(self))

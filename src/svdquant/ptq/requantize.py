@@ -28,12 +28,6 @@ Ranges = tuple[tuple[int, int], ...]
 _FOUR_BIT = ("int4", "nvfp4")
 
 
-def half_of(record: SVDQuantTensors) -> torch.dtype:
-    """The floating type of a layer's branch, else of its smoothing, scales or bias."""
-    tensors = (record.proj_up, record.smooth_factor, record.wscales, record.wcscales, record.bias)
-    return next((t.dtype for t in tensors if t is not None and t.itemsize > 1), torch.bfloat16)
-
-
 def dense_error(new: SVDQuantTensors, old: SVDQuantTensors) -> float:
     """‖W′ − W‖/‖W‖ of the linears that two records mean."""
     return weight_error(new.dense()[0], old.dense()[0])
@@ -58,7 +52,7 @@ def requantize(
     has. Int4 groups that merely become parts of themselves keep every number.
     """
     spec = record.spec
-    dtype = dtype or half_of(record)
+    dtype = dtype or record.floating_dtype
     columns = unsigned if unsigned is not None else spec.unsigned
     new_spec = replace(
         spec,
@@ -196,5 +190,5 @@ def _with_bias(
     bias = weight.new_zeros(record.out_features) if meant is None else meant.clone()
     for start, stop in record.spec.unsigned:
         bias -= GELU_SHIFT * weight[:, start:stop].sum(1)
-    record.bias = bias.to(half_of(record) if stored is None else stored.dtype)
+    record.bias = bias.to(record.floating_dtype if stored is None else stored.dtype)
     return record

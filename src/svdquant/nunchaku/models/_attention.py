@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ _FAST_FLOAT16 = ("cuda", "xpu", "mps")
 AttentionFunction = Callable[[Tensor], Tensor]
 
 
-class FluxFunctionProcessor:
+class FluxFunctionProcessor(ABC):
     """A FLUX attention processor around a function of q, k and v, each [B, T, H, D], normalized and rotated."""
 
     _attention_backend = None
@@ -60,8 +61,9 @@ class FluxFunctionProcessor:
         image = attn.to_out[1](attn.to_out[0](y[:, text:].contiguous()))
         return image, attn.to_add_out(y[:, :text].contiguous())
 
+    @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        raise NotImplementedError
+        """q, k, v [B, T, H, D] to [B, T, H, D]."""
 
 
 class Float16Processor(FluxFunctionProcessor):
