@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from .bench import bench
 from .console import debugging
 from .convert import convert
 from .demo import demo
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (demo, plan, quantize, generate, convert, inspect, doctor):
+for verb in (demo, plan, quantize, generate, convert, inspect, doctor, bench):
     app.command()(verb)
 
 

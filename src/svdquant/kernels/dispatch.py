@@ -12,9 +12,9 @@ from torch import Tensor
 from ..config import ACTIVATIONS, LayerSpec
 from ..errors import SVDQuantError
 from ..numerics import SVDQuantTensors, dequantize_weight
-from . import reference
+from . import cpu, reference
 
-BACKENDS = ("dequantize", "reference")
+BACKENDS = ("native", "dequantize", "reference")
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,7 @@ class DevicePath:
 
 def device_path(device: torch.device) -> DevicePath:
     """The path of a device; `SVDQUANT_BACKEND` overrides the backend."""
-    backend = os.environ.get("SVDQUANT_BACKEND", "dequantize")
-    if backend not in BACKENDS:
-        raise SVDQuantError(f"SVDQUANT_BACKEND={backend!r} is not one of {', '.join(BACKENDS)}")
+    backend = _backend(device)
     eight_bit = {"int4": "int8", "nvfp4": "int8", "int8": "int8"}
     if device.type == "cuda" and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(device)
@@ -41,6 +39,14 @@ def device_path(device: torch.device) -> DevicePath:
         return DevicePath(backend, eight_bit, f"sm_{major}{minor} has no 4-bit tensor cores: 8-bit activations")
     why = {"cpu": "a CPU multiplies 8-bit integers at best"}.get(device.type, "8-bit activations run everywhere")
     return DevicePath(backend, eight_bit, why)
+
+
+def _backend(device: torch.device) -> str:
+    default = "native" if device.type == "cpu" and cpu.available() else "dequantize"
+    backend = os.environ.get("SVDQUANT_BACKEND") or default
+    if backend not in BACKENDS:
+        raise SVDQuantError(f"SVDQUANT_BACKEND={backend!r} is not one of {', '.join(BACKENDS)}")
+    return default if backend == "native" else backend
 
 
 def compute_dtype(x: Tensor, backend: str) -> torch.dtype:
@@ -112,8 +118,11 @@ def _linear(
     spec = LayerSpec(weights=weights, group_size=group_size, unsigned=segments, rotate=rotate)
     tensors = SVDQuantTensors(spec, x.shape[-1], qweight, wscales, wcscales, smooth_factor, proj_down, proj_up, bias)
     rows = x.reshape(-1, x.shape[-1])
-    backend = device_path(x.device).backend
-    y = reference.svdquant_linear(rows, tensors, activations, compute_dtype(x, backend))
+    backend = _backend(x.device)
+    if backend == "native" and cpu.supports(tensors, activations, x.dtype):
+        y = cpu.svdquant_linear(rows, tensors, activations)
+    else:
+        y = reference.svdquant_linear(rows, tensors, activations, compute_dtype(x, backend))
     return y.reshape(*x.shape[:-1], qweight.shape[0])
 
 
@@ -160,8 +169,11 @@ def _w4a16_linear(
     x: Tensor, qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, bias: Tensor | None, weights: str
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    dtype = compute_dtype(x, device_path(x.device).backend)
-    y = reference.w4a16_linear(rows, qweight, wscales, weights, bias, dtype, wzeros)
+    backend = _backend(x.device)
+    if backend == "native" and cpu.supports_weight_only(qweight, wscales, x.dtype, weights):
+        y = cpu.w4a16_linear(rows, qweight, wscales, bias, weights, wzeros)
+    else:
+        y = reference.w4a16_linear(rows, qweight, wscales, weights, bias, compute_dtype(x, backend), wzeros)
     return y.reshape(*x.shape[:-1], qweight.shape[0])
 
 

@@ -1,0 +1,1 @@
+"""`svdquant bench`: layers, blocks and pipelines against what else there is, all in one run."""

@@ -1,0 +1,31 @@
+/* The product of a few rows of codes with one block of one panel, added to float32 sums. */
+#ifndef SVDQ_TILE_H
+#define SVDQ_TILE_H
+
+#include "isa.h"
+
+typedef struct {
+  const int8_t* a;      /* rows of codes, SVDQ_BLOCK apart */
+  const int32_t* sums;  /* of the rows' codes, [groups], sum_stride apart */
+  const uint8_t* b;     /* [groups * steps][SVDQ_PANEL][4]: weight codes + offset */
+  const float* b_scale; /* [groups][SVDQ_PANEL] */
+  const float* a_scale; /* NULL, or [groups / a_every], a_stride apart */
+  float* c;             /* rows of sums, SVDQ_PANEL apart */
+  int64_t sum_stride;
+  int64_t a_stride;
+  int32_t groups;       /* that share scales */
+  int32_t steps;        /* of 4 columns, per group */
+  int32_t offset;
+  int32_t a_every;      /* groups that share an a_scale */
+  int32_t first;        /* the sums start here */
+} tile_work;
+
+enum { VECTORS = SVDQ_PANEL / LANES };
+
+#if SVDQ_WIDE
+#include "tile_avx512.h"
+#else
+#include "tile_portable.h"
+#endif
+
+#endif

@@ -1,0 +1,96 @@
+"""The C structures of `csrc/svdquant.h`, field for field."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+import torch
+
+# Codes come in blocks of this many columns.
+BLOCK = 256
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
+FORMATS = {"int4": 0, "nvfp4": 1, "int8": 2}
+UNSIGNED_INT4 = 3
+
+
+class Input(ctypes.Structure):
+    """One input, quantized."""
+
+    _fields_ = (
+        ("rows", c_int64),
+        ("features", c_int64),
+        ("columns", c_int64),
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("x_type", c_int32),
+        ("bits", c_int32),
+        ("group", c_int32),
+        ("sum_group", c_int32),
+        ("smooth", c_void_p),
+        ("smooth_type", c_int32),
+        ("rotate", c_int32),
+        ("ranges", c_void_p),
+        ("range_count", c_int32),
+        ("shift", c_float),
+        ("threads", c_int32),
+        ("padding_", c_int32),
+        ("all_rows", c_int64),
+        ("blocks", c_int64),
+        ("codes", c_void_p),
+        ("scales", c_void_p),
+        ("sums", c_void_p),
+        ("scratch", c_void_p),
+    )
+
+
+class Weight(ctypes.Structure):
+    """One weight with its low-rank branch and bias."""
+
+    _fields_ = (
+        ("outputs", c_int64),
+        ("columns", c_int64),
+        ("row_bytes", c_int64),
+        ("qweight", c_void_p),
+        ("format", c_int32),
+        ("group", c_int32),
+        ("scales", c_void_p),
+        ("groups", c_int64),
+        ("outer", c_void_p),
+        ("zeros", c_void_p),
+        ("down", c_void_p),
+        ("up", c_void_p),
+        ("bias", c_void_p),
+        ("rank", c_int64),
+        ("outer_blocks", c_int64),
+        ("scales_type", c_int32),
+        ("outer_type", c_int32),
+        ("zeros_type", c_int32),
+        ("down_type", c_int32),
+        ("up_type", c_int32),
+        ("bias_type", c_int32),
+    )
+
+
+_POINTERS = {
+    "svdq_input_bytes": (None, 2),
+    "svdq_prepare": (None, 4),
+    "svdq_low_bytes": (None, 3),
+    "svdq_multiply": (None, 7),
+    "svdq_multiply_bytes": (c_int64, 2),
+    "svdq_weight_only": (None, 6),
+    "svdq_weight_only_bytes": (c_int64, 2),
+}
+_SIGNATURES = {
+    "svdq_multiply": [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_void_p],
+    "svdq_weight_only": [c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_void_p],
+}
+
+
+def declare(cdll: ctypes.CDLL) -> ctypes.CDLL:
+    """Result and argument types of the operations."""
+    for name, (result, count) in _POINTERS.items():
+        function = getattr(cdll, name)
+        function.restype, function.argtypes = result, _SIGNATURES.get(name, [c_void_p] * count)
+    return cdll
