@@ -102,7 +102,7 @@ def test_one_row_of_a_large_batch(path):
         whole = svdquant_linear(x, t, activations)
         for row in (0, 1023, 1024, 2047, 2999):
             assert torch.equal(svdquant_linear(x[row], t, activations), whole[row])
-        cpu_truth.check(path, whole[::7], cpu_truth.output(x[::7], t, activations))
+        cpu_truth.check(path, whole[::7], cpu_truth.output(x[::7], t, activations), t)
 
 
 def test_memory_of_the_past_is_not_read(path, layer):
@@ -163,4 +163,4 @@ def test_variants_agree(activations, dtype):
         with cpu_truth.running(path):
             results.append(svdquant_linear(x, t, activations).double().numpy())
     for y in results[1:]:
-        cpu_truth.check(cpu_truth.PATHS[0], torch.from_numpy(y).to(dtype), results[0])
+        cpu_truth.check(cpu_truth.PATHS[0], torch.from_numpy(y).to(dtype), results[0], t)

@@ -43,6 +43,9 @@ def check_codes(x: torch.Tensor, t: SVDQuantTensors, rng: np.random.Generator, c
 
 
 LAYERS = {
+    "group 512": {"k": 600, "group": 512},
+    "per row": {"k": 130, "group": 0},
+    "int8 weights, group 512": {"k": 600, "weights": "int8", "group": 512},
     "plain": {"k": 192},
     "no smoothing": {"k": 192, "smooth": False},
     "one column more than a group": {"k": 65},
@@ -181,6 +184,21 @@ def test_the_truth_of_codes_by_hand():
     rotation = cpu_truth.rotated(np.eye(128, dtype=np.float32))
     assert [float(v) * 128**0.5 for v in rotation[3, 3:6]] == pytest.approx([1, 1, -1], rel=1e-6)
     assert array(t.wscales).min() > 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"smooth": False}, {"rotate": True}, {"unsigned": ((0, 256),)}], ids=str)
+def test_codes_of_8_bits_differ_at_ties_only(path, options, dtype):
+    """By one, and in fewer than one of ten thousand: multiplying with a reciprocal rounds otherwise than dividing."""
+    t = cpu_truth.layer(256, 8, dtype=dtype, rank=0, **options)
+    x = cpu_truth.inputs(1024, 256, dtype, 8, t.spec.unsigned)
+    no_shift = replace(copier(t, np.arange(256)), spec=replace(t.spec, rank=0, unsigned=()))
+    y = svdquant_linear(x, no_shift, "int8").double().numpy()
+    codes, scales = cpu_truth.quantized(x, t, "int8")
+    seen = np.rint(y / scales[:, 0])
+    differs = seen != codes[:, 0]
+    assert differs.mean() < 1e-4 and np.abs(seen - codes[:, 0]).max() <= 1
+    assert np.allclose(y, round_to(seen * scales[:, 0], dtype), rtol=1e-6 if dtype == FP32 else 2**-7, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

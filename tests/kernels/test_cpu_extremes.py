@@ -90,7 +90,7 @@ def test_large_and_small_tokens(path, options, activations):
         x = (cpu_truth.inputs(7, 200, FP32) * sizes).to(dtype)
         y, expected = svdquant_linear(x, t, activations), cpu_truth.output(x, t, activations)
         for row in range(7):
-            cpu_truth.check(path, y[row : row + 1], expected[row : row + 1], (dtype, row))
+            cpu_truth.check(path, y[row : row + 1], expected[row : row + 1], t, (dtype, row))
 
 
 @pytest.mark.parametrize("activations", ["int8", "int4"])
@@ -104,7 +104,7 @@ def test_the_largest_numbers_of_float16(path, activations):
     x[3, 8] = 65504
     y, expected = svdquant_linear(x, t, activations), cpu_truth.output(x, t, activations)
     for row in range(5):
-        cpu_truth.check(path, y[row : row + 1], expected[row : row + 1], row)
+        cpu_truth.check(path, y[row : row + 1], expected[row : row + 1], t, row)
 
 
 @pytest.mark.parametrize("activations", ["int8", "int4"])
@@ -144,7 +144,7 @@ def test_small_smoothing_factors_and_large_ones(path, activations):
         t = cpu_truth.layer(200, 70, dtype=dtype, rank=0)
         t.smooth_factor = torch.logspace(-3, 3, 200).to(dtype)
         x = (cpu_truth.inputs(6, 200, FP32) * t.smooth_factor.float()).to(dtype)
-        cpu_truth.check(path, svdquant_linear(x, t, activations), cpu_truth.output(x, t, activations), dtype)
+        cpu_truth.check_linear(path, x, t, activations, dtype)
 
 
 def test_weights_of_any_size(path):
@@ -164,4 +164,4 @@ def test_weights_of_any_size(path):
             assert weights == "nvfp4" or not y[:, 7].any()
             assert not y[:, 11].any()
             for column in set(range(40)) - {7, 11}:
-                cpu_truth.check(path, y[:, column][None], expected[:, column][None], (weights, activations, column))
+                cpu_truth.check(path, y[:, column][None], expected[:, column][None], t, (weights, activations, column))

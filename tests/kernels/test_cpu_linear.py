@@ -28,7 +28,7 @@ def run(path: str, rows: int, k: int, n: int, activations: str, dtype: torch.dty
     before = x.clone()
     y = svdquant_linear(x, t, activations)
     assert y.dtype == dtype and y.shape == (rows, n) and y.is_contiguous()
-    cpu_truth.check(path, y, expected, (rows, k, n, activations, dtype, options))
+    cpu_truth.check(path, y, expected, t, (rows, k, n, activations, dtype, options), activations == "int4")
     assert torch.equal(x, before)
 
 
@@ -42,6 +42,9 @@ OPTIONS = {
     "int4, group 50": {"group": 50},
     "int4, group 5": {"group": 5},
     "int4, group 256": {"group": 256},
+    "int4, group 512": {"group": 512},
+    "int4, per row": {"group": 0},
+    "int8, group 512": {"weights": "int8", "group": 512},
     "int4, far apart scales": {"spread": 1000.0},
     "int4, rotated": {"rotate": True},
     "int4, rotated, group 32": {"rotate": True, "group": 32, "smooth": False},
@@ -130,9 +133,18 @@ def test_mixed_types(path, activations):
         weights, dtype = choose.choice(["int4", "nvfp4", "int8"]), choose.choice(DTYPES)
         t = cpu_truth.layer(130, 45, weights, types=types, seed=seed, rotate=seed % 5 == 0)
         x = cpu_truth.inputs(6, 130, dtype, seed)
-        y = svdquant_linear(x, t, activations)
+        y = cpu_truth.check_linear(path, x, t, activations, (seed, weights, dtype, types))
         assert y.dtype == dtype
-        cpu_truth.check(path, y, cpu_truth.output(x, t, activations), (seed, weights, dtype, types))
+
+
+def test_parts_in_float64(path):
+    """A model that was cast back and forth."""
+    x = cpu_truth.inputs(6, 130, FP32)
+    for name in ("bias", "proj_up", "proj_down", "smooth_factor", "wscales"):
+        t = cpu_truth.layer(130, 45)
+        setattr(t, name, getattr(t, name).double())
+        for activations in ("int8", "int4"):
+            cpu_truth.check_linear(path, x, t, activations, name)
 
 
 def test_a_model_in_float64(path):
@@ -141,7 +153,7 @@ def test_a_model_in_float64(path):
     x = cpu_truth.inputs(6, 130, FP32)
     y = svdquant_linear(x.double(), t, "int8")
     assert y.dtype == torch.float64
-    cpu_truth.check(path, y.float(), cpu_truth.output(x, t, "int8"))
+    cpu_truth.check("dequantize", y.float(), cpu_truth.output(x, t, "int8"), t)
 
 
 def test_random_layers(path):
@@ -183,11 +195,22 @@ def test_sums_at_their_largest(path, weights, activations):
     x[4, ::2] *= -1
     x[4, 0] = 5
     t.spec = t.spec.__class__(weights=weights, group_size=t.spec.group_size, rank=0, smooth=False)
-    cpu_truth.check(path, svdquant_linear(x, t, activations), cpu_truth.output(x, t, activations))
+    cpu_truth.check_linear(path, x, t, activations)
     unsigned = cpu_truth.layer(k, n, weights, rank=0, bias=False, smooth=False, unsigned=((0, k),))
     unsigned.qweight[:] = t.qweight
     x = x.abs()
-    cpu_truth.check(path, svdquant_linear(x, unsigned, activations), cpu_truth.output(x, unsigned, activations))
+    cpu_truth.check_linear(path, x, unsigned, activations)
+
+
+@pytest.mark.parametrize("activations", ["int8", "int4"])
+def test_unsigned_ranges_that_end_beyond_the_input(path, activations):
+    """A range rounded up to its group, or one from a bad file: what is beyond the last column is padding and stays."""
+    x = cpu_truth.inputs(6, 130, FP32, 1, ((64, 130),))
+    fits = cpu_truth.layer(130, 45, unsigned=((64, 130),))
+    for stop in (192, 256, 10000):
+        t = cpu_truth.layer(130, 45, unsigned=((64, stop),))
+        expected = svdquant_linear(x, fits, activations)
+        cpu_truth.check(path, svdquant_linear(x, t, activations), expected.double().numpy(), t, stop)
 
 
 def test_results_beyond_float16(path):
@@ -204,7 +227,7 @@ def test_results_beyond_float16(path):
         assert infinite.any() and not infinite[[0, 1, 4, 5, 6, 7]].any()
         assert np.array_equal(np.isinf(y.double().numpy())[safe], infinite[safe])
         finite = torch.from_numpy(~infinite & safe)
-        cpu_truth.check(path, y[finite][None], expected[finite.numpy()][None])
+        cpu_truth.check(path, y[finite][None], expected[finite.numpy()][None], t)
 
 
 @pytest.mark.parametrize("shape", [(130,), (0, 130), (2, 0, 130), (0, 3, 130), (1, 130), (2, 3, 130), (2, 1, 5, 130)])
@@ -216,7 +239,7 @@ def test_leading_dimensions(path, shape):
             for activations in ("int8", "int4"):
                 y = svdquant_linear(x, t, activations)
                 assert y.shape == (*shape[:-1], 65) and y.dtype == dtype and y.is_contiguous()
-                cpu_truth.check(path, y.reshape(-1, 65), cpu_truth.output(x.reshape(-1, 130), t, activations))
+                cpu_truth.check(path, y.reshape(-1, 65), cpu_truth.output(x.reshape(-1, 130), t, activations), t)
 
 
 def test_the_truth_is_that_of_the_dense_layer():

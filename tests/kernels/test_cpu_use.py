@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import cpu_truth
 import pytest
@@ -90,7 +91,7 @@ def test_gradients_are_those_of_the_dense_layer(path, options, activations):
     y.backward(upstream)
     expected = upstream.double() @ t.dense()[0].double()
     assert float((x.grad.double() - expected).norm() / expected.norm()) < 1e-5
-    cpu_truth.check(path, y.flatten(0, 1), cpu_truth.output(x.detach().flatten(0, 1), t, activations))
+    cpu_truth.check(path, y.flatten(0, 1), cpu_truth.output(x.detach().flatten(0, 1), t, activations), t)
 
 
 def test_gradients_through_a_block(path):
@@ -135,8 +136,8 @@ def test_a_model_that_is_cast(path, dtype):
     layer(cpu_truth.inputs(3, 130, BF16)), plain(cpu_truth.inputs(3, 130, BF16))
     layer.to(dtype), plain.to(dtype)
     x = cpu_truth.inputs(6, 130, dtype)
-    cpu_truth.check(path, layer(x), cpu_truth.output(x, layer.tensors(), "int4"))
-    cpu_truth.check(path, plain(x), cpu_truth.weight_only(x, plain.tensors()))
+    cpu_truth.check_linear(path, x, layer.tensors(), "int4")
+    cpu_truth.check_weight_only(path, x, plain.tensors())
 
 
 def test_weights_that_change(path):
@@ -146,8 +147,8 @@ def test_weights_that_change(path):
     layer(x), plain(x)
     layer.load_state_dict(quantized(130, 40, dtype=FP32, seed=9).state_dict())
     plain.load_state_dict(weights_only(130, 40, FP32, seed=9).state_dict())
-    cpu_truth.check(path, layer(x), cpu_truth.output(x, layer.tensors(), "int8"), "another state")
-    cpu_truth.check(path, plain(x), cpu_truth.weight_only(x, plain.tensors()))
+    cpu_truth.check_linear(path, x, layer.tensors(), "int8", "another state")
+    cpu_truth.check_weight_only(path, x, plain.tensors())
     for edit in (
         lambda p: p.qweight.data.bitwise_xor_(0x35),
         lambda p: p.wscales.data.mul_(2),
@@ -156,8 +157,8 @@ def test_weights_that_change(path):
         lambda p: setattr(p, "qweight", nn.Parameter(p.qweight.flip(0), requires_grad=False)),
     ):
         edit(layer), edit(plain)
-        cpu_truth.check(path, layer(x), cpu_truth.output(x, layer.tensors(), "int8"))
-        cpu_truth.check(path, plain(x), cpu_truth.weight_only(x, plain.tensors()))
+        cpu_truth.check_linear(path, x, layer.tensors(), "int8")
+        cpu_truth.check_weight_only(path, x, plain.tensors())
     for edit in (
         lambda p: p.smooth_factor.data.mul_(1.5),
         lambda p: p.proj_down.data.mul_(-2),
@@ -165,7 +166,19 @@ def test_weights_that_change(path):
         lambda p: setattr(p, "proj_up", nn.Parameter(p.proj_up.flip(0), requires_grad=False)),
     ):
         edit(layer)
-        cpu_truth.check(path, layer(x), cpu_truth.output(x, layer.tensors(), "int8"))
+        cpu_truth.check_linear(path, x, layer.tensors(), "int8")
+
+
+def test_records_can_be_copied_after_use(path):
+    for activations in ("int8", "int4"):
+        t = cpu_truth.layer(130, 40)
+        x = cpu_truth.inputs(3, 130, FP32)
+        expected = svdquant_linear(x, t, activations)
+        for twin in (copy.copy(t), copy.deepcopy(t), pickle.loads(pickle.dumps(t))):
+            assert torch.equal(svdquant_linear(x, twin, activations), expected)
+        twin = copy.deepcopy(t)
+        del t
+        assert torch.equal(svdquant_linear(x, twin, activations), expected)
 
 
 def test_copies_and_pickles(path, tmp_path):
@@ -175,6 +188,7 @@ def test_copies_and_pickles(path, tmp_path):
         expected = block(x, t)
         twin = copy.deepcopy(block)
         assert torch.equal(twin(x, t), expected)
+        twin = copy.deepcopy(block)
         torch.save(block, tmp_path / "block.pt")
         assert torch.equal(torch.load(tmp_path / "block.pt", weights_only=False)(x, t), expected)
         del block
@@ -191,7 +205,7 @@ def test_a_convolution(path):
         for image in (x, x.contiguous(), x.contiguous(memory_format=torch.channels_last)):
             y = conv(image)
             assert y.shape == (2, 45, 3, 5)
-            cpu_truth.check(path, y.movedim(1, -1).reshape(-1, 45), expected)
+            cpu_truth.check(path, y.movedim(1, -1).reshape(-1, 45), expected, t)
 
 
 @pytest.mark.parametrize("width", [1, 129, 131, 192])

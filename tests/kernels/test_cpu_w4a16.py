@@ -52,7 +52,7 @@ def run(path: str, rows: int, k: int, n: int, dtype: torch.dtype, **options: Any
     before = x.clone()
     y = multiply(x, t)
     assert y.dtype == dtype and y.shape == (rows, n) and y.is_contiguous()
-    cpu_truth.check(path, y, expected, (rows, k, n, dtype, options))
+    cpu_truth.check(path, y, expected, t, (rows, k, n, dtype, options), True)
     assert torch.equal(x, before)
 
 
@@ -102,7 +102,7 @@ def test_mixed_types(path):
         name, dtype = choose.choice(list(OPTIONS)), choose.choice(DTYPES)
         t = record(130, 45, types=types, seed=seed, **OPTIONS[name])
         x = cpu_truth.inputs(choose.choice([1, 6]), 130, dtype, seed)
-        cpu_truth.check(path, multiply(x, t), cpu_truth.weight_only(x, t), (seed, name, dtype, types))
+        cpu_truth.check_weight_only(path, x, t, (seed, name, dtype, types))
 
 
 def test_random_weights(path):
@@ -135,7 +135,7 @@ def test_wide_ranges_of_float32(path):
     x = cpu_truth.inputs(4, 128, FP32) * torch.tensor([1e-30, 1e-10, 1e10, 1e30])[:, None]
     expected = cpu_truth.weight_only(x, t)
     for y, row in zip(multiply(x, t), expected, strict=True):
-        cpu_truth.check(path, y[None], row[None])
+        cpu_truth.check(path, y[None], row[None], t)
 
 
 @pytest.mark.parametrize("shape", [(130,), (0, 130), (2, 0, 130), (1, 130), (2, 3, 130), (2, 1, 5, 130)])
@@ -145,4 +145,4 @@ def test_leading_dimensions(path, shape):
         x = cpu_truth.inputs(10, 130, dtype).flatten()[: torch.Size(shape).numel()].reshape(shape)
         y = multiply(x, t)
         assert y.shape == (*shape[:-1], 65) and y.dtype == dtype and y.is_contiguous()
-        cpu_truth.check(path, y.reshape(-1, 65), cpu_truth.weight_only(x.reshape(-1, 130), t))
+        cpu_truth.check(path, y.reshape(-1, 65), cpu_truth.weight_only(x.reshape(-1, 130), t), t)

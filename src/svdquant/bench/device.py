@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -112,10 +113,8 @@ def _status(field: str) -> int | None:
 
 def _return_free_memory() -> None:
     """What has been freed goes back to the system, or later calls would seem to need no memory of their own."""
-    try:
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):
-        pass  # not glibc
 
 
 def _cpu() -> tuple[str, str, set[str]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -23,66 +25,77 @@ from .settings import Settings
 # Where weights are to be found cold, so many bytes of copies pass by before the first is used again.
 _COLD_BYTES = 256 << 20
 _MOST_COPIES = 12
+_REHEARSAL = Shape(16, 256, 256)
 
 
 class Multiplier(Protocol):
     """What `Peer` and `OurLayer` have in common."""
 
-    name: str
-    kind: str
+    keeps_output: Any
+    counts_bytes: Any
 
     def prepare(self, case: LinearCase) -> None: ...
+    def copy(self, case: LinearCase) -> Multiplier: ...
+    def input(self, case: LinearCase) -> Tensor: ...
     def __call__(self, x: Tensor) -> Tensor: ...
     @property
     def bytes(self) -> int | None: ...
 
 
+@dataclass(frozen=True)
+class Entry:
+    """One who takes part, or why not."""
+
+    name: str
+    kind: str
+    make: Callable[[], Any]
+    reason: str | None = None
+
+
 def run_layers(settings: Settings, device: Device) -> list[Case]:
-    """All shapes, one case each."""
+    """All shapes, one case each. Raises `SVDQuantError` where the rank exceeds one of them."""
+    for shape in settings.shapes:
+        if settings.rank > min(shape.k, shape.n) and not shape.modulation:
+            fitting = min(shape.k, shape.n)
+            raise SVDQuantError(f"rank {settings.rank} exceeds a layer of shape {shape}; use --rank {fitting} or less")
     cases = []
     for number, shape in enumerate(settings.shapes):
 
         def progress(done: int, total: int, text: str, number: int = number) -> None:
-            settings.progress("layers", number * total + done, len(settings.shapes) * total, text)
+            settings.progress("layers", 100 * number + 100 * done // total, 100 * len(settings.shapes), text)
 
         cases.append(run_layer(shape, settings, device, progress))
     return cases
 
 
 @torch.inference_mode()
-def run_layer(
-    shape: Shape, settings: Settings, device: Device, progress: Callable[[int, int, str], None]
-) -> Case:
-    """One shape. Raises `SVDQuantError` where the rank does not fit it."""
-    if settings.rank > min(shape.k, shape.n):
-        raise SVDQuantError(f"rank {settings.rank} exceeds the layer of shape {shape}; use --rank {min(shape.k, shape.n)}")
+def run_layer(shape: Shape, settings: Settings, device: Device, progress: Callable[[int, int, str], Any]) -> Case:
+    """One shape."""
     data = linear_case(shape, settings.dtype, torch.get_num_threads())
     ours = variants(shape, settings.rank)
-    peers: list[type[Peer]] = [*DENSE, *settings.peers]
-    total = len(ours) + len(peers) + settings.rounds
-    case = Case("layers", str(shape), BASELINE.name, {"m": shape.m, "k": shape.k, "n": shape.n, "cold": shape.modulation})
+    entries = [Entry(v.name, OURS, partial(OurLayer, v, settings.gptq)) for v in ours]
+    for peer in (*DENSE, *settings.peers):
+        entries.append(Entry(peer.name, peer.kind, peer, peer.available() or peer.fits(data)))
+    total = len(entries) + settings.rounds
+    facts = {"m": shape.m, "k": shape.k, "n": shape.n, "cold": shape.modulation}
+    case = Case("layers", str(shape), BASELINE.name, facts)
     contenders: list[Contender] = []
-    makers: list[tuple[str, str, Callable[[], Multiplier]]] = [
-        (v.name, OURS, lambda v=v: OurLayer(v, settings.gptq)) for v in ours
-    ]
-    makers += [(peer.name, peer.kind, peer) for peer in peers]
-    reasons = {peer.name: peer.available() or peer.fits(data) for peer in peers}
-    for number, (name, kind, make) in enumerate(makers):
-        progress(number, total, f"{shape}: preparing {name}")
-        row = Row(name, kind, reason=reasons.get(name) or "")
+    for number, entry in enumerate(entries):
+        progress(number, total, f"{shape}: preparing {entry.name}")
+        row = Row(entry.name, entry.kind, reason=entry.reason or "")
         case.rows.append(row)
         if row.reason:
             continue
         try:
-            contenders.append(_prepared(make, row, data, device))
+            contenders.append(_prepared(entry.make, row, data, device))
         except Exception as error:
             # Of others' code anything may be expected, and is reported; ours has to work.
-            if kind == OURS:
+            if entry.kind == OURS:
                 raise
             row.reason = f"failed: {first_line(error)}"
 
     def tell(done: int, _rounds: int) -> None:
-        progress(len(makers) + done, total, f"{shape}: round {done + 1}")
+        progress(len(entries) + done, total, f"{shape}: round {done + 1}")
 
     seconds = measure(contenders, device, settings.rounds, settings.sample_seconds, tell)
     dense = case.row(BASELINE.name).bytes
@@ -97,40 +110,39 @@ def run_layer(
     return case
 
 
-def _prepared(make: Callable[[], Multiplier], row: Row, data: LinearCase, device: Device) -> Contender:
+def _prepared(make: Callable[[], Any], row: Row, data: LinearCase, device: Device) -> Contender:
     """Prepares a contender and fills in what one call tells: error, bytes, scratch."""
+    if isinstance(make, type) and issubclass(make, Peer) and not make.counts_bytes:
+        # What a library sets up once is not the layer's.
+        small = linear_case(_REHEARSAL, data.dtype, data.threads)
+        rehearsal = make()
+        rehearsal.prepare(small)
+        rehearsal(rehearsal.input(small))
+        del rehearsal
     before = device.resident()
-    multiplier = make()
+    multiplier: Multiplier = make()
     multiplier.prepare(data)
-    x: Tensor = multiplier.input(data) if isinstance(multiplier, Peer) else data.x
-    output: list[Any] = []
+    x = multiplier.input(data)
+    output: list[Tensor] = []
     first = device.peak(lambda: output.append(multiplier(x)))
     y = output.pop()
+    if y.shape != data.reference.shape:
+        raise ValueError(f"the output has shape {list(y.shape)}")
     row.error = relative_error(y.float(), data.reference)
     size = y.nbytes
-    shape = tuple(y.shape)
     del y
-    if shape != tuple(data.reference.shape):
-        raise ValueError(f"the output has shape {list(shape)}")
     after = device.resident()
     again = device.peak(lambda: multiplier(x))
     row.bytes = multiplier.bytes
     row.first_scratch_bytes = None if first is None else max(first - size, 0)
-    row.scratch_bytes = None if again is None else max(again - size, 0)
+    row.scratch_bytes = None if again is None else max(again - (0 if multiplier.keeps_output else size), 0)
     if before is not None and after is not None:
-        row.resident_bytes = max(after - before - (0 if x is data.x else x.nbytes), 0)
+        beside = (0 if x is data.x else x.nbytes) + (size if multiplier.keeps_output else 0)
+        row.resident_bytes = max(after - before - beside, 0)
     multipliers = [multiplier]
     if data.shape.modulation:
         held = row.bytes or row.resident_bytes or _COLD_BYTES
-        for _ in range(min(math.ceil(_COLD_BYTES / max(held, 1)), _MOST_COPIES) - 1):
-            multipliers.append(_twin(multiplier, make, data))
+        copies = min(math.ceil(_COLD_BYTES / max(held, 1)), _MOST_COPIES)
+        multipliers += [multiplier.copy(data) for _ in range(copies - 1)]
     row.more["copies"] = len(multipliers)
-    return Contender(row.contender, [lambda m=m: m(x) for m in multipliers])
-
-
-def _twin(multiplier: Multiplier, make: Callable[[], Multiplier], data: LinearCase) -> Multiplier:
-    if isinstance(multiplier, OurLayer):
-        return multiplier.copy()
-    twin = make()
-    twin.prepare(data)
-    return twin
+    return Contender(row.contender, [partial(m, x) for m in multipliers])

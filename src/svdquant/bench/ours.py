@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..config import GROUP_SIZES, LayerSpec, SVDQuantConfig
+from ..config import GROUP_SIZES, LayerSpec
 from ..nn import SVDQuantLinear, W4A16Linear
-from ..ptq import GroupInputs, GroupPlan, LayerPlan, solve_group
+from ..numerics import FORMATS, SVDQuantTensors, padded_columns
+from ..numerics.hadamard import rotate
+from ..ptq.low_rank import truncated_svd
+from ..ptq.problem import Problem
+from ..ptq.residual import HessianFactor, quantize_residual
+from ..ptq.smooth import search
 from .cases import LinearCase, Shape
+from .results import OURS
 
 # Steps of the smoothing search: enough to find about the best factor, few enough for large layers.
 _GRID = 4
+_SEARCHED_OUTPUTS = 1024
 
 
 @dataclass(frozen=True)
@@ -53,67 +60,85 @@ def variants(shape: Shape, rank: int) -> list[Variant]:
 class OurLayer:
     """One of our layers under the protocol of a peer."""
 
-    kind = "ours"
+    kind = OURS
+    keeps_output = False
+    counts_bytes = True
 
-    def __init__(self, variant: Variant, gptq: bool) -> None:
+    def __init__(self, variant: Variant, gptq: bool = False) -> None:
         self.variant, self.gptq = variant, gptq
-        self.name = variant.name
-        self._layer: nn.Module | None = None
+        self.layer: SVDQuantLinear | None = None
 
     def prepare(self, case: LinearCase) -> None:
         """Solves the case's weight: a short smoothing search, low rank, rounding to nearest (or GPTQ)."""
-        self._layer = solve(self.variant, case.weight, case.bias, case.calibration, self.gptq)
+        self.layer = solve(self.variant, case.weight, case.bias, case.calibration, self.gptq)
 
-    def copy(self) -> OurLayer:
+    def copy(self, case: LinearCase) -> OurLayer:
         """The same layer in memory of its own."""
-        assert isinstance(self._layer, SVDQuantLinear)
-        tensors = self._layer.tensors()
-        twin = OurLayer(self.variant, self.gptq)
-        twin._layer = _layer_of(type(tensors)(tensors.spec, tensors.in_features, **_cloned(tensors.named())), self._layer)
+        assert self.layer is not None
+        tensors = self.layer.tensors()
+        clones = {name: tensor.detach().clone() for name, tensor in tensors.named().items()}
+        twin = OurLayer(self.variant)
+        twin.layer = type(self.layer).from_tensors(replace(tensors, **clones), self.layer.compute_dtype)
+        twin.layer.activations = self.layer.activations
         return twin
 
+    def input(self, case: LinearCase) -> Tensor:
+        return case.x
+
     def __call__(self, x: Tensor) -> Tensor:
-        assert self._layer is not None
-        return self._layer(x)
+        assert self.layer is not None
+        return self.layer(x)
 
     @property
     def bytes(self) -> int | None:
         """Parameters as stored."""
-        assert self._layer is not None
-        return sum(p.nbytes for p in self._layer.parameters())
+        assert self.layer is not None
+        return sum(p.nbytes for p in self.layer.parameters())
 
 
-def solve(variant: Variant, weight: Tensor, bias: Tensor | None, calibration: Tensor, gptq: bool) -> SVDQuantLinear:
-    """The layer of a weight [N, K] whose inputs look like `calibration` [rows, K]."""
-    n, k = weight.shape
-    plan = LayerPlan("layer", variant.spec.kind, k, n, bias is not None, 2, "", "layer", "", spec=variant.spec)
-    config = SVDQuantConfig(
-        weights=variant.weights,
-        activations=variant.activations,
-        rank=variant.rank,
-        smooth=_GRID,
-        gptq=gptq,
-        rotate=variant.rotate,
+def solve(
+    variant: Variant, weight: Tensor, bias: Tensor | None, calibration: Tensor, gptq: bool = False
+) -> SVDQuantLinear:
+    """The layer of a weight [N, K] whose inputs look like `calibration` [rows, K].
+
+    As `svdquant.quantize` does it, but smoothing is searched with a few candidates on some of the outputs, and the
+    residual is rounded to nearest unless `gptq`: seconds instead of minutes.
+    """
+    spec, dtype, (n, k) = variant.spec, weight.dtype, weight.shape
+    generator = torch.Generator().manual_seed(0)
+    rows = calibration.float()
+    problem = Problem(weight.float(), [n], rows, spec, padded_columns(k, spec), variant.activations, dtype)
+    smooth = torch.ones(k)
+    if spec.smooth:
+        some = torch.randperm(n, generator=generator)[:_SEARCHED_OUTPUTS]
+        part = replace(problem, weight=problem.weight[some], splits=[len(some)])
+        part.spec = replace(spec, rank=min(spec.rank, len(some)))
+        smooth = search(part, rows.abs().amax(0), _GRID, generator).factor
+    residual = problem.smoothed_weight(smooth)
+    branch: dict[str, Tensor] = {}
+    if spec.rank:
+        up, down = truncated_svd(residual, spec.rank, generator, iterations=2)
+        raw = (rotate(down) if spec.rotate else down)[:, :k] / smooth
+        branch = {"proj_down": raw.to(dtype), "proj_up": up.to(dtype)}
+        # The branch as it is stored; `smoothed_inputs` pads and rotates.
+        stored = problem.smoothed_inputs(branch["proj_down"].float() * smooth, torch.ones(k))
+        residual = residual - branch["proj_up"].float() @ stored
+    hessian = None
+    if gptq:
+        seen = problem.smoothed_inputs(rows, smooth)
+        hessian = HessianFactor(seen.T @ seen)
+    values, wscales, wcscales = quantize_residual(residual, spec.weights, spec.group_size, dtype, hessian)
+    tensors = SVDQuantTensors(
+        spec,
+        k,
+        FORMATS[spec.weights].pack(values),
+        wscales,
+        wcscales,
+        smooth.to(dtype) if spec.smooth else None,
+        bias=None if bias is None else bias.clone(),
+        **branch,
     )
-    inputs = GroupInputs(calibration, calibration.abs().amax(0).float())
-    solved = solve_group(GroupPlan("layer", (plan,)), {"layer": weight}, {"layer": bias}, inputs, config)
-    cls = W4A16Linear if variant.spec.kind == "w4a16" else SVDQuantLinear
-    layer = cls.from_tensors(solved["layer"].tensors, weight.dtype)
+    cls = W4A16Linear if spec.kind == "w4a16" else SVDQuantLinear
+    layer = cls.from_tensors(tensors, dtype)
     layer.activations = variant.activations
     return layer
-
-
-def _layer_of(tensors: object, like: SVDQuantLinear) -> SVDQuantLinear:
-    layer = type(like).from_tensors(tensors, like.compute_dtype)  # type: ignore[arg-type]
-    layer.activations = like.activations
-    return layer
-
-
-def _cloned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-def exact(layer: SVDQuantLinear) -> tuple[Tensor, Tensor | None]:
-    """The dense weight and bias that a layer means, float32."""
-    with torch.no_grad():
-        return layer.tensors().dense()

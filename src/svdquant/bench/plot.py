@@ -29,8 +29,9 @@ def plot(results: Results, path: Path) -> str | None:
     )
     for axis, case in zip(axes[:, 0], shown, strict=True):
         bars = _bars(case)
-        for place, (name, kind, middle, low, high, note) in enumerate(bars):
-            axis.barh(place, middle, xerr=[[middle - low], [high - middle]], color=_COLOURS.get(kind, _OTHERS), height=0.7)
+        for place, (_, kind, middle, low, high, note) in enumerate(bars):
+            colour, error = _COLOURS.get(kind, _OTHERS), [[middle - low], [high - middle]]
+            axis.barh(place, middle, xerr=error, color=colour, height=0.7)
             axis.text(high, place, f"  {middle:.2f}×{note}", va="center", fontsize=8)
         axis.set_yticks(range(len(bars)), [bar[0] for bar in bars], fontsize=8)
         axis.invert_yaxis()

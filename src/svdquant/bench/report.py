@@ -43,6 +43,10 @@ def remarks(case: Case) -> list[str]:
         f"({100 * share.lower_quartile:.1f}–{100 * share.upper_quartile:.1f} %)"
         for name, share in case.shares.items()
     ]
+    for row in case.rows:
+        if "seconds_per_picture" in row.more:
+            psnr = "" if row.more.get("psnr") is None else f", {row.more['psnr']:.1f} dB against {case.reference}"
+            lines.append(f"{row.contender}: {row.more['seconds_per_picture']:.2f} s per picture{psnr}")
     for contender, parts in case.profiles.items():
         total = sum(parts.values()) or 1.0
         spent = ", ".join(f"{name} {ms:.1f} ms ({100 * ms / total:.0f} %)" for name, ms in parts.items())
@@ -93,7 +97,8 @@ def _line(values: list[str]) -> str:
 
 
 def _number(milliseconds: float) -> str:
-    return f"{milliseconds:.3f}" if milliseconds < 10 else f"{milliseconds:.2f}" if milliseconds < 100 else f"{milliseconds:.1f}"
+    digits = 3 if milliseconds < 10 else 2 if milliseconds < 100 else 1
+    return f"{milliseconds:.{digits}f}"
 
 
 def _quartiles(spread: Spread) -> str:

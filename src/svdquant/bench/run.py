@@ -9,16 +9,18 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ..errors import SVDQuantError
+from .blocks import run_blocks
 from .device import Device
 from .layers import run_layers
 from .machine import versions
+from .pipelines import run_pipelines
 from .plot import plot
 from .report import markdown
 from .results import Case, Results
 from .settings import Settings
 
 Suite = Callable[[Settings, Device], list[Case]]
-SUITES: dict[str, Suite] = {"layers": run_layers}
+SUITES: dict[str, Suite] = {"layers": run_layers, "blocks": run_blocks, "pipeline": run_pipelines}
 
 
 def choose_suites(text: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import SVDQuantError
-from .console import Stages, print_json, quiet_libraries, remark
+from .console import Stages, debugging, print_json, quiet_libraries, remark
 from .failures import doing
 from .options import Json
 
@@ -73,12 +74,18 @@ def bench(
         rounds=rounds,
         gptq=gptq,
     )
+    command = shlex.join(
+        ["svdquant", "bench", "--suite", suite, "--dtype", dtype, "--peers", peers, "--rank", str(rank)]
+        + ["--rounds", str(rounds), *(["--threads", str(threads)] if threads else []), *(["--gptq"] if gptq else [])]
+        + [part for text in shape or () for part in ("--shape", text)]
+    )
     output.mkdir(parents=True, exist_ok=True)
     _check_writable(output)
     quiet_libraries()
+    _quiet_peers()
     with doing("measuring"), Stages(_STAGES) as progress:
         settings.progress = progress
-        results = run(suites, settings, make_device(device, threads), shlex.join(["svdquant", *sys.argv[1:]]))
+        results = run(suites, settings, make_device(device, threads), command)
     files, missing = save(results, output)
     if missing is not None:
         remark(missing)
@@ -87,6 +94,13 @@ def bench(
         return
     _show(results)
     typer.echo(f"\n{', '.join(str(file) for file in files)} in {results.seconds:.0f} s")
+
+
+def _quiet_peers() -> None:
+    """What they say while they are imported."""
+    if not debugging():
+        for name in ("torchao", "bitsandbytes", "sdnq", "torch.utils._pytree"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _check_writable(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from .options import Json
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "triton")
 _VARIABLES = (
     "SVDQUANT_BACKEND",
+    "SVDQUANT_CPU_LIBRARY",
+    "SVDQUANT_CPU_ISA",
     DEBUG,
     "HF_HOME",
     "HF_HUB_CACHE",
@@ -81,6 +84,8 @@ def _versions() -> dict[str, str]:
 def _cpu() -> dict[str, Any]:
     import torch
 
+    from ..kernels.cpu import status
+
     model, flags = platform.processor() or platform.machine(), set()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -99,6 +104,7 @@ def _cpu() -> dict[str, Any]:
         "memory_bytes": _memory(),
         "instructions": [flag for flag in _FLAGS if flag in flags],
         **_paths(torch.device("cpu")),
+        "library": asdict(status()),
     }
 
 
@@ -173,6 +179,11 @@ def _warnings(devices: list[dict[str, Any]], cache: Path) -> list[str]:
     cpu = devices[0]
     if len(devices) == 1 and cpu["instructions"] and not any("vnni" in f or "amx" in f for f in cpu["instructions"]):
         out.append("no GPU, and a CPU without VNNI or AMX: pictures of large models will take many minutes")
+    library = cpu["library"]
+    if not library["available"]:
+        out.append(f"no compiled products on this CPU, it dequantizes and is slower: {library['reason']}")
+    elif library["threads"] == "none" and cpu["threads"] > 1:
+        out.append(f"products on this CPU run on one thread: {library['threads_reason']}")
     if "SVDQUANT_BACKEND" in os.environ:
         out.append(f"SVDQUANT_BACKEND={os.environ['SVDQUANT_BACKEND']} overrides how layers multiply on every device")
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
@@ -181,6 +192,15 @@ def _warnings(devices: list[dict[str, Any]], cache: Path) -> list[str]:
     if free is not None and free < _LOW_DISK:
         out.append(f"only {size(free)} are free for downloads in {cache}: set HF_HOME to a larger disk")
     return out
+
+
+def _library(library: dict[str, Any]) -> str:
+    if not library["available"]:
+        return "compiled products: none"
+    others = [variant for variant in library["variants"] if variant != library["isa"]]
+    also = f" (this CPU also runs {', '.join(others)})" if others else ""
+    threads = "on one thread" if library["threads"] == "none" else f"threads of torch's {library['threads']}"
+    return f"compiled products: {library['isa']}{also}, {threads}, {library['path']}"
 
 
 def _text(found: dict[str, Any]) -> str:
@@ -193,6 +213,8 @@ def _text(found: dict[str, Any]) -> str:
         for weights, activations in device["activations"].items():
             lines.append(f"    {weights:6} weights → {activations} activations, {device['backend']}")
         lines.append(f"    {device['why']}")
+        if "library" in device:
+            lines.append(f"    {_library(device['library'])}")
     lines.append("")
     lines += [f"{name}={value}" for name, value in found["environment"].items()] or ["no variable overrides anything"]
     free = found["cache"]["free_bytes"]

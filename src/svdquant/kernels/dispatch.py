@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import ACTIVATIONS, LayerSpec
 from ..errors import SVDQuantError
 from ..numerics import SVDQuantTensors, dequantize_weight
-from . import cpu, reference
+from . import cpu, eager, reference
 
 BACKENDS = ("native", "dequantize", "reference")
 
@@ -81,6 +81,10 @@ def svdquant_linear(x: Tensor, tensors: SVDQuantTensors, activations: str = "aut
     if x.shape[-1] != tensors.in_features:
         raise SVDQuantError(f"input has {x.shape[-1]} features, the layer takes {tensors.in_features}")
     t = tensors
+    activations = resolve_activations(activations, t.spec, x.device)
+    if eager.is_plain(x) and _backend(x.device) == "native" and cpu.supports(t, activations, x.dtype):
+        y = cpu.svdquant_linear(x, t, activations)
+        return y.view(*x.shape[:-1], y.shape[-1])
     return torch.ops.svdquant.linear(
         x,
         t.qweight,
@@ -94,7 +98,7 @@ def svdquant_linear(x: Tensor, tensors: SVDQuantTensors, activations: str = "aut
         t.spec.group_size,
         [edge for segment in t.spec.unsigned for edge in segment],
         t.spec.rotate,
-        resolve_activations(activations, t.spec, x.device),
+        activations,
     )
 
 
@@ -161,6 +165,10 @@ def w4a16_linear(
 
     x [..., K]; qweight, wscales, wzeros as in `SVDQuantTensors`. Returns [..., N] in x's type.
     """
+    native = eager.is_plain(x) and _backend(x.device) == "native"
+    if native and cpu.supports_weight_only(qweight, wscales, x.dtype, weights):
+        y = cpu.w4a16_linear(x, qweight, wscales, bias, weights, wzeros)
+        return y.view(*x.shape[:-1], y.shape[-1])
     return torch.ops.svdquant.w4a16_linear(x, qweight, wscales, wzeros, bias, weights)
 
 

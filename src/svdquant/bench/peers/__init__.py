@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from ...errors import SVDQuantError
 from .base import Peer
+from .bitsandbytes import BitsAndBytesNF4
 from .dense import TorchBFloat16, TorchFloat32
+from .ggml import GgmlQ4, GgmlQ4Repacked, GgmlQ8
+from .openvino import OpenVINOInt4, OpenVINOInt8Dynamic, OpenVINOInt8Static
+from .sdnq import SDNQInt8
+from .torchao import TorchaoCompiled, TorchaoEager
 
 BASELINE = TorchBFloat16
 DENSE: tuple[type[Peer], ...] = (TorchBFloat16, TorchFloat32)
-PEERS: tuple[type[Peer], ...] = ()
+PEERS: tuple[type[Peer], ...] = (
+    TorchaoEager,
+    TorchaoCompiled,
+    OpenVINOInt8Static,
+    OpenVINOInt8Dynamic,
+    OpenVINOInt4,
+    BitsAndBytesNF4,
+    GgmlQ8,
+    GgmlQ4,
+    GgmlQ4Repacked,
+    SDNQInt8,
+)
 
 
 def choose_peers(text: str) -> tuple[type[Peer], ...]:

@@ -16,13 +16,16 @@ class Peer(ABC):
     """One way of multiplying. A new instance is made for every case, and for every copy of a layer.
 
     name: as in tables and for `--peers`; it may be one of several under the same `family`. packages: what must be
-    installed, as on PyPI, with their modules.
+    installed, as on PyPI, with their modules. keeps_output: every call writes the same output tensor. counts_bytes:
+    `bytes` is known; else it is measured how the process grows.
     """
 
     name: ClassVar[str]
     family: ClassVar[str]
     kind: ClassVar[str] = "peer"
     packages: ClassVar[dict[str, str]] = {}
+    keeps_output: ClassVar[bool] = False
+    counts_bytes: ClassVar[bool] = True
 
     @classmethod
     def available(cls) -> str | None:
@@ -65,6 +68,12 @@ class Peer(ABC):
     def input(self, case: LinearCase) -> Tensor:
         """The case's x in the type that this peer takes."""
         return case.x
+
+    def copy(self, case: LinearCase) -> Peer:
+        """The same layer in memory of its own."""
+        twin = type(self)()
+        twin.prepare(case)
+        return twin
 
     @property
     def bytes(self) -> int | None:

@@ -1,12 +1,15 @@
 """Products on a CPU: C kernels in `csrc/`, compiled by `build`, loaded by `library`."""
 
+from .inputs import SCRATCH_LIMIT
 from .library import Status, load, status
-from .linear import supports, supports_weight_only, svdquant_linear, w4a16_linear
+from .linear import quantize, supports, supports_weight_only, svdquant_linear, w4a16_linear
 
 __all__ = [
+    "SCRATCH_LIMIT",
     "Status",
     "available",
     "load",
+    "quantize",
     "status",
     "supports",
     "supports_weight_only",

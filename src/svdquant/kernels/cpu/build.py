@@ -1,6 +1,6 @@
 """Compiles `csrc/` into one shared library per platform: `python -m svdquant.kernels.cpu.build`.
 
-Needs the `ziglang` package, which compiles for every target, or clang 16 for this machine. Runs without torch and
+Needs the `ziglang` package, which compiles for every target, or clang 19 for this machine. Runs without torch and
 without the rest of the package, so that a wheel can be built where neither is installed.
 """
 
@@ -26,7 +26,8 @@ from pathlib import Path
 _HERE = Path(__file__).resolve().parent
 SOURCES = _HERE / "csrc"
 LIBRARIES = _HERE / "lib"
-_OLDEST_CLANG = 16
+# Apple numbers its own.
+_OLDEST_CLANG = {"": 19, "Apple ": 17}
 
 
 class BuildError(RuntimeError):
@@ -120,12 +121,22 @@ class Compiler:
     def flags(self, target: Target, variant: Variant) -> list[str]:
         """Which machine to compile for."""
         if self.zig:
-            features = "".join(f"+{feature}" for feature in variant.features)
-            return ["-target", target.triple, f"-mcpu={variant.processor}{features}", *variant.flags]
-        if target.machine == "aarch64":
-            return ["-march=" + "+".join(("armv8-a", *variant.features)), *variant.flags]
-        features_ = [f"-m{feature.replace('_', '-')}" for feature in variant.features]
-        return [f"-march={variant.processor.replace('_v', '-v').replace('x86_', 'x86-')}", *features_, *variant.flags]
+            machine = ["-target", target.triple, "-mcpu=" + "+".join((variant.processor, *variant.features))]
+        elif target.machine == "aarch64":
+            machine = ["-march=" + "+".join(("armv8-a", *variant.features))]
+        else:
+            # What zig writes with underscores: x86_64_v4, amx_tile.
+            machine = [f"-m{feature.replace('_', '-')}" for feature in variant.features]
+            machine.append("-march=" + variant.processor.replace("_", "-"))
+        if not self.zig and target.suffix == ".dylib":
+            machine.append("-mmacosx-version-min=" + target.triple.partition(".")[2])
+        return [*machine, *variant.flags]
+
+    def wheel_tag(self, target: Target) -> str:
+        """Which systems install a wheel with this library: clang links to the C library of this very one."""
+        if self.zig or target.suffix != ".so":
+            return target.wheel_tag
+        return f"linux_{target.machine}"
 
 
 def find_compiler(command: str | None = None) -> Compiler:
@@ -143,7 +154,7 @@ def find_compiler(command: str | None = None) -> Compiler:
             return Compiler((zig, "cc"), zig=True)
     clang = shutil.which("clang")
     if clang is None:
-        raise BuildError("no C compiler: `pip install ziglang`, or put clang 16 or newer on PATH")
+        raise BuildError("no C compiler: `pip install ziglang`, or put clang 19 or newer on PATH")
     return _clang((clang,))
 
 
@@ -153,12 +164,11 @@ def _clang(words: tuple[str, ...]) -> Compiler:
         answer = subprocess.run([*words, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise BuildError(f"{shown} does not run: {error}") from error
-    version = re.search(r"(Apple )?clang version (\d+)", answer)
+    version = re.search(r"(Apple |)clang version (\d+)", answer)
     if version is None:
         raise BuildError(f"{shown} is neither zig nor clang: `pip install ziglang`, or name another with --cc")
-    # Apple numbers its compilers one behind.
-    if int(version[2]) < _OLDEST_CLANG - bool(version[1]):
-        raise BuildError(f"{shown} is clang {version[2]}, which is too old: `pip install ziglang`, or use clang 16")
+    if int(version[2]) < _OLDEST_CLANG[version[1]]:
+        raise BuildError(f"{shown} is clang {version[2]}, which is too old: `pip install ziglang`, or use clang 19")
     return Compiler(words, zig=False)
 
 
@@ -198,7 +208,7 @@ def build(
 def _build(target: Target, out: Path, compiler: Compiler, without: Sequence[str], strict: bool) -> Path:
     variants = [v for v in VARIANTS[target.machine] if v.name not in without]
     common = ["-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-fomit-frame-pointer"]
-    common += ["-fno-sanitize=all", "-Wall", "-Wextra", "-c"]
+    common += ["-fno-sanitize=all", "-Wall", "-Wextra", "-Wno-psabi", "-c"]
     if target.suffix != ".dll":
         common.append("-fPIC")
     if strict:
@@ -219,17 +229,19 @@ def _build(target: Target, out: Path, compiler: Compiler, without: Sequence[str]
             list(pool.map(lambda command: _run(command, environment), commands))
         made = os.path.join(folder, target.library)
         machine = compiler.flags(target, _BASELINE[target.machine])
-        _run([*compiler.command, *machine, *_link_flags(target), *objects, "-o", made], environment)
+        _run([*compiler.command, *machine, *_link_flags(target, compiler.zig), *objects, "-o", made], environment)
         os.replace(made, out / target.library)
     return out / target.library
 
 
-def _link_flags(target: Target) -> list[str]:
+def _link_flags(target: Target, zig: bool) -> list[str]:
     if target.suffix == ".so":
         # Without the compiler's own run-time library: nothing here needs it, and zig would build it first.
         return ["-shared", "-s", "-Wl,-z,defs", "-nostdlib", "-lc", "-lm"]
     if target.suffix == ".dylib":
-        return ["-shared", "-nostdlib", "-lc", f"-Wl,-install_name,@rpath/{target.library}"]
+        return ["-shared", "-nostdlib", "-lSystem", f"-Wl,-install_name,@rpath/{target.library}"]
+    if not zig:
+        return ["-shared"]
     return ["-shared", "-s", "-nostdlib", "-rtlib=compiler-rt", "-lucrtbase"]
 
 
@@ -245,7 +257,7 @@ def _environment(temporary: Path) -> dict[str, str]:
 def _run(command: list[str], environment: dict[str, str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
-        raise BuildError(f"{shlex.join(command)}\n{done.stderr.strip()}")
+        raise BuildError(f"the compiler ended with {done.returncode}: {shlex.join(command)}\n{done.stderr.strip()}")
     if done.stderr.strip():
         print(done.stderr.strip(), file=sys.stderr)
 

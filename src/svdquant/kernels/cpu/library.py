@@ -16,6 +16,7 @@ from .threads import find_runtime
 ABI_VERSION = 1
 _FILE = "SVDQUANT_CPU_LIBRARY"
 _ISA = "SVDQUANT_CPU_ISA"
+_REPAIR = "`pip install --force-reinstall svdquant`, or compile it by `python -m svdquant.kernels.cpu.build`"
 _NEEDS = "AVX2, FMA and F16C on x86, the dot-product instructions on ARM"
 
 
@@ -47,7 +48,11 @@ class Library:
 
 
 class _Refused(Exception):
-    """Why the library cannot be used."""
+    """Why the library cannot be used, and what to do where something can be done."""
+
+
+class _Broken(_Refused):
+    """The same of a library that should be there, and work."""
 
 
 _lock = threading.Lock()
@@ -91,7 +96,10 @@ def _examine() -> tuple[Library | None, Status, SVDQuantError | None]:
             text = f"{_ISA}={wanted!r} is not one of {', '.join(variants)}, which this processor can run"
             return None, Status(False, path=str(path), reason=text, variants=variants), SVDQuantError(text)
     except _Refused as refusal:
-        return None, Status(False, path=str(path or ""), reason=str(refusal)), None
+        remedy = ""
+        if isinstance(refusal, _Broken):
+            remedy = f": name another one in {_FILE}, or unset it" if os.environ.get(_FILE) else f": {_REPAIR}"
+        return None, Status(False, path=str(path or ""), reason=f"{refusal}{remedy}"), None
     runtime = find_runtime()
     cdll.svdq_set_runtime(*runtime.pointers)
     if runtime.name == "libgomp":
@@ -108,8 +116,8 @@ def _file() -> Path:
     if named == "0":
         raise _Refused(f"{_FILE}=0 turns it off")
     if named:
-        if not Path(named).is_file():
-            raise _Refused(f"{_FILE}={named} is not a file")
+        if not os.path.isfile(named):
+            raise _Broken(f"{_FILE}={named} is not a file")
         return Path(named).absolute()
     from . import build  # not above: `python -m svdquant.kernels.cpu.build` would find itself imported already
 
@@ -117,8 +125,8 @@ def _file() -> Path:
     if target is None:
         raise _Refused("there is no compiled library for this platform")
     path = build.LIBRARIES / target.library
-    if not path.is_file():
-        raise _Refused(f"this installation was built without the compiled library for {target.name}")
+    if not os.path.isfile(path):
+        raise _Broken(f"this installation lacks the compiled library for {target.name}")
     return path
 
 
@@ -128,15 +136,15 @@ def _open(path: Path) -> ctypes.CDLL:
         _check_complete(path)
         cdll = ctypes.CDLL(str(path))
     except OSError as error:
-        raise _Refused(f"the library cannot be loaded: {error}") from error
+        raise _Broken(f"the library cannot be loaded ({error})") from error
     try:
         version, available, isa = cdll.svdq_abi_version, cdll.svdq_available, cdll.svdq_isa
         select, set_runtime = cdll.svdq_select, cdll.svdq_set_runtime
     except AttributeError as error:
-        raise _Refused(f"{path.name} is not a library of svdquant ({error})") from error
+        raise _Broken(f"{path.name} is not a library of svdquant ({error})") from error
     version.restype, version.argtypes = ctypes.c_int32, []
     if version() != ABI_VERSION:
-        raise _Refused(f"{path.name} has interface {version()}, this version of svdquant needs {ABI_VERSION}")
+        raise _Broken(f"{path.name} has interface {version()}, this version of svdquant needs {ABI_VERSION}")
     available.restype = isa.restype = ctypes.c_char_p
     select.restype, select.argtypes = ctypes.c_int32, [ctypes.c_char_p]
     set_runtime.restype, set_runtime.argtypes = None, [ctypes.c_void_p] * 4
@@ -146,7 +154,7 @@ def _open(path: Path) -> ctypes.CDLL:
 
 
 def _check_complete(path: Path) -> None:
-    """Raises `OSError` for an ELF file that was cut off: Linux would map it, and end the process at the first access."""
+    """Raises `OSError` for an ELF file that was cut off: Linux would load it, and kill the process at first use."""
     if sys.platform != "linux":
         return
     with path.open("rb") as file:

@@ -35,13 +35,14 @@ class Input(ctypes.Structure):
         ("range_count", c_int32),
         ("shift", c_float),
         ("threads", c_int32),
-        ("padding_", c_int32),
+        ("format", c_int32),
+        ("buffer", c_void_p),
         ("all_rows", c_int64),
         ("blocks", c_int64),
         ("codes", c_void_p),
         ("scales", c_void_p),
         ("sums", c_void_p),
-        ("scratch", c_void_p),
+        ("seen", c_void_p),
     )
 
 
@@ -73,24 +74,20 @@ class Weight(ctypes.Structure):
     )
 
 
-_POINTERS = {
-    "svdq_input_bytes": (None, 2),
-    "svdq_prepare": (None, 4),
-    "svdq_low_bytes": (None, 3),
-    "svdq_multiply": (None, 7),
-    "svdq_multiply_bytes": (c_int64, 2),
-    "svdq_weight_only": (None, 6),
-    "svdq_weight_only_bytes": (c_int64, 2),
-}
-_SIGNATURES = {
-    "svdq_multiply": [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_void_p],
-    "svdq_weight_only": [c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_void_p],
+_SIGNATURES: dict[str, tuple[object, list[object]]] = {
+    "svdq_input_bytes": (c_int64, [c_void_p]),
+    "svdq_quantize": (None, [c_void_p] * 2),
+    "svdq_quantize_bytes": (c_int64, [c_void_p]),
+    "svdq_linear": (None, [c_void_p, c_void_p, c_int32, c_void_p, c_int64, c_int32, c_void_p]),
+    "svdq_linear_bytes": (c_int64, [c_void_p] * 2),
+    "svdq_weight_only": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_void_p]),
+    "svdq_weight_only_bytes": (c_int64, [c_void_p] * 2),
 }
 
 
 def declare(cdll: ctypes.CDLL) -> ctypes.CDLL:
     """Result and argument types of the operations."""
-    for name, (result, count) in _POINTERS.items():
+    for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(cdll, name)
-        function.restype, function.argtypes = result, _SIGNATURES.get(name, [c_void_p] * count)
+        function.restype, function.argtypes = result, arguments
     return cdll

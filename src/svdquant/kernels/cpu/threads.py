@@ -1,4 +1,4 @@
-"""The OpenMP runtime that torch itself runs on: the CPU library takes its threads from there, never from a second one."""
+"""The OpenMP runtime that torch runs on: the CPU library takes its threads from there, never from a second one."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ class _Origin(ctypes.Structure):
 
 def _from_llvm(address: int) -> bool:
     """Whether the library that holds an address is LLVM's or Intel's, by what else it exports."""
-    origin, this = _Origin(), ctypes.CDLL(None)
-    if not this.dladdr(ctypes.c_void_p(address), ctypes.byref(origin)) or not origin.file:
+    origin, dladdr = _Origin(), getattr(ctypes.CDLL(None), "dladdr", None)
+    if dladdr is None or not dladdr(ctypes.c_void_p(address), ctypes.byref(origin)) or not origin.file:
         return False
     with contextlib.suppress(OSError):
         return _address(ctypes.CDLL(os.fsdecode(origin.file), mode=os.RTLD_NOLOAD), _KMPC[0]) != 0

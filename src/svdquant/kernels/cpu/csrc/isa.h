@@ -33,6 +33,18 @@ INLINE vf32 dot_bf16(vf32 acc, vu32 a, vu32 b) { return (vf32)_mm512_dpbf16_ps((
 #define SVDQ_BF16_DOT 0
 #endif
 
+/* Added to every code, so that it is unsigned; nvfp4's values are doubled, so that they are whole. */
+INLINE int32_t code_offset(int32_t format) { return format == SVDQ_INT4 ? 8 : format == SVDQ_NVFP4 ? 12 : SVDQ_INT8_OFFSET; }
+
 INLINE vf32 fma_f32(vf32 a, vf32 b, vf32 acc) { return __builtin_elementwise_fma(a, b, acc); }
+
+/* Nearest, ties to even. */
+INLINE vi32 round_to_int(vf32 v) {
+#if SVDQ_WIDE
+  return (vi32)_mm512_cvtps_epi32((__m512)v);
+#else
+  return __builtin_convertvector(__builtin_elementwise_roundeven(v), vi32);
+#endif
+}
 
 #endif

@@ -36,14 +36,14 @@ typedef struct {
   int32_t range_count;
   float shift;
   int32_t threads;
-  int32_t padding_;
-  /* Results; sizes from svdq_input_bytes. */
+  int32_t format;        /* of the weights that the codes will meet */
+  void* buffer;          /* svdq_input_bytes; what follows is set by svdq_input_bytes and svdq_place */
   int64_t all_rows;      /* rows, and two more where 8-bit codes need the shift as a row of its own */
   int64_t blocks;
   int8_t* codes;         /* [blocks][all_rows][SVDQ_BLOCK] */
   float* scales;         /* 8 bits: [all_rows]; 4 bits: [columns / group][all_rows] */
-  int32_t* sums;         /* [columns / sum_group][all_rows] sums of codes */
-  void* scratch;
+  int32_t* sums;         /* [columns / sum_group][all_rows] sums of codes, times minus the weight codes' offset */
+  uint64_t* seen;        /* [rows + 1][2] checksums of the rows of x that the codes were made from, and of smooth */
 } svdq_input;
 
 /* One weight [outputs, columns] with its low-rank branch and bias. */
@@ -83,16 +83,17 @@ SVDQ_PUBLIC int32_t svdq_select(const char* name);
 SVDQ_PUBLIC void svdq_set_runtime(void* gomp_parallel, void* kmpc_fork_call, void* kmpc_push_num_threads,
                                   void* kmpc_global_thread_num);
 
-/* Fills all_rows and blocks; sizes[4] = bytes of codes, scales, sums, scratch. */
-SVDQ_PUBLIC void svdq_input_bytes(svdq_input* input, int64_t* sizes);
-/* x/s, rotated, quantized. With codes == NULL nothing is quantized, only the branch is computed.
-   weight (may be NULL): its down-projection of the raw x goes to low, [rows, padded rank], of svdq_low_bytes. */
-SVDQ_PUBLIC void svdq_prepare(const svdq_input* input, const svdq_weight* weight, void* low, void* low_scratch);
-SVDQ_PUBLIC void svdq_low_bytes(const svdq_input* input, const svdq_weight* weight, int64_t* sizes);
-/* y [rows, outputs] = codes * weight + low * up + bias. */
-SVDQ_PUBLIC void svdq_multiply(const svdq_input* input, const svdq_weight* weight, const void* low, void* y,
-                               int64_t y_stride, int32_t y_type, void* scratch);
-SVDQ_PUBLIC int64_t svdq_multiply_bytes(const svdq_input* input, const svdq_weight* weight);
+/* Bytes of buffer, which holds codes, scales, sums and checksums. */
+SVDQ_PUBLIC int64_t svdq_input_bytes(svdq_input* input);
+/* x/s, rotated, quantized, into input->buffer. scratch: svdq_quantize_bytes. */
+SVDQ_PUBLIC void svdq_quantize(svdq_input* input, void* scratch);
+SVDQ_PUBLIC int64_t svdq_quantize_bytes(const svdq_input* input);
+/* y [rows, outputs] = codes * weight + (x * down) * up + bias. fresh: the buffer holds nothing yet; else it holds the codes of
+   some input of the same description, and only rows that are not those it was made from are quantized.
+   scratch: svdq_linear_bytes. */
+SVDQ_PUBLIC void svdq_linear(svdq_input* input, const svdq_weight* weight, int32_t fresh, void* y, int64_t y_stride,
+                             int32_t y_type, void* scratch);
+SVDQ_PUBLIC int64_t svdq_linear_bytes(const svdq_input* input, const svdq_weight* weight);
 /* y = x * weight + bias, x not quantized. */
 SVDQ_PUBLIC void svdq_weight_only(const svdq_input* input, const svdq_weight* weight, void* y, int64_t y_stride,
                                   int32_t y_type, void* scratch);

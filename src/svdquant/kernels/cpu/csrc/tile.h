@@ -6,7 +6,7 @@
 
 typedef struct {
   const int8_t* a;      /* rows of codes, SVDQ_BLOCK apart */
-  const int32_t* sums;  /* of the rows' codes, [groups], sum_stride apart */
+  const int32_t* sums;  /* what the rows' sums start from, [groups], sum_stride apart */
   const uint8_t* b;     /* [groups * steps][SVDQ_PANEL][4]: weight codes + offset */
   const float* b_scale; /* [groups][SVDQ_PANEL] */
   const float* a_scale; /* NULL, or [groups / a_every], a_stride apart */
@@ -15,7 +15,7 @@ typedef struct {
   int64_t a_stride;
   int32_t groups;       /* that share scales */
   int32_t steps;        /* of 4 columns, per group */
-  int32_t offset;
+  int32_t whole_bytes;  /* weight codes of 8 bits, not 5 */
   int32_t a_every;      /* groups that share an a_scale */
   int32_t first;        /* the sums start here */
 } tile_work;

@@ -9,7 +9,7 @@ INLINE void tile_rows(const tile_work* t, const int rows, const int steps, const
   _Pragma("clang loop unroll(disable)") for (int32_t g = 0; g < t->groups; g++) {
     __m512i acc[TILE_ROWS][VECTORS];
     for (int i = 0; i < rows; i++) {
-      const __m512i start = _mm512_set1_epi32(-t->offset * t->sums[g * t->sum_stride + i]);
+      const __m512i start = _mm512_set1_epi32(t->sums[g * t->sum_stride + i]);
       for (int j = 0; j < VECTORS; j++) acc[i][j] = start;
     }
     _Pragma("clang loop unroll_count(4)") for (int k = 0; k < steps; k++) {

@@ -42,7 +42,7 @@ INLINE void tile_rows(const tile_work* t, const int rows, const int whole_bytes)
       const uint8_t* b = t->b + (int64_t)g * t->steps * SVDQ_PANEL * 4 + n * 4;
       quads acc[TILE_ROWS][CHUNK_QUADS];
       for (int i = 0; i < rows; i++)
-        for (int j = 0; j < CHUNK_QUADS; j++) acc[i][j] = same_quads(-t->offset * t->sums[g * t->sum_stride + i]);
+        for (int j = 0; j < CHUNK_QUADS; j++) acc[i][j] = same_quads(t->sums[g * t->sum_stride + i]);
       for (int k = 0; k < t->steps; k++) {
         quads w[CHUNK_QUADS];
         for (int j = 0; j < CHUNK_QUADS; j++) w[j] = load_quads(b + k * SVDQ_PANEL * 4 + j * QUAD * 4);
@@ -72,14 +72,13 @@ static __attribute__((noinline)) void tile_4_bytes(const tile_work* t) { tile_ro
 static __attribute__((noinline)) void tile_1_bytes(const tile_work* t) { tile_rows(t, 1, 1); }
 
 INLINE void tile(const tile_work* t, int rows) {
-  const int whole_bytes = t->offset == 128;
   if (rows == TILE_ROWS) {
-    (whole_bytes ? tile_4_bytes : tile_4_codes)(t);
+    (t->whole_bytes ? tile_4_bytes : tile_4_codes)(t);
     return;
   }
   tile_work one = *t;
   for (int i = 0; i < rows; i++) {
-    (whole_bytes ? tile_1_bytes : tile_1_codes)(&one);
+    (t->whole_bytes ? tile_1_bytes : tile_1_codes)(&one);
     one.a += SVDQ_BLOCK;
     one.sums++;
     one.a_scale += one.a_scale != NULL;

@@ -4,9 +4,6 @@
 
 #include "isa.h"
 
-/* Added to every code, so that it is unsigned; nvfp4's values are doubled, so that they are whole. */
-INLINE int32_t code_offset(int32_t format) { return format == SVDQ_INT4 ? 8 : format == SVDQ_NVFP4 ? 12 : SVDQ_INT8_OFFSET; }
-
 /* 32 bytes of two 4-bit codes each to 64 bytes of one. */
 INLINE bytes64 spread_nibbles(const uint8_t* p) {
   typedef uint8_t half __attribute__((vector_size(32)));

@@ -1,6 +1,6 @@
 /* low = x Dᵀ: dot products of rows with rows, sixteen partial sums each, added up in one order. */
 #include "isa.h"
-#include "prepare.h"
+#include "steps.h"
 
 static int64_t steps(const svdq_input* in) { return (in->features + 2 * LANES - 1) / (2 * LANES); }
 
@@ -8,12 +8,13 @@ int32_t SVDQ_NAME(branch_is_bf16)(const svdq_input* in, const svdq_weight* weigh
   return SVDQ_BF16_DOT && in->x_type == SVDQ_BF16 && weight->down_type == SVDQ_BF16 && weight->up_type == SVDQ_BF16;
 }
 
-void SVDQ_NAME(low_bytes)(const svdq_input* in, const svdq_weight* weight, int64_t* sizes) {
-  const int64_t wide = steps(in) * 2 * LANES;
-  const int32_t bf16 = SVDQ_NAME(branch_is_bf16)(in, weight);
-  sizes[0] = in->rows * padded_rank(weight) * (bf16 ? 2 : 4);
-  const int64_t rows = (int64_t)in->threads * DOT_ROWS * wide;
-  sizes[1] = bf16 ? (weight->rank + (int64_t)in->threads * DOT_ROWS) * wide * 2 : (weight->rank * wide + rows) * 4;
+int64_t SVDQ_NAME(low_bytes)(const svdq_input* in, const svdq_weight* weight) {
+  return in->rows * padded_rank(weight) * (SVDQ_NAME(branch_is_bf16)(in, weight) ? 2 : 4);
+}
+
+int64_t SVDQ_NAME(down_bytes)(const svdq_input* in, const svdq_weight* weight) {
+  const int64_t rows = weight->rank + (int64_t)in->threads * DOT_ROWS;
+  return rows * steps(in) * 2 * LANES * (SVDQ_NAME(branch_is_bf16)(in, weight) ? 2 : 4);
 }
 
 void SVDQ_NAME(down_begin)(SVDQ_NAME(down_context) * c, const svdq_input* in, const svdq_weight* weight, void* low,
@@ -52,9 +53,8 @@ void SVDQ_NAME(down_begin)(SVDQ_NAME(down_context) * c, const svdq_input* in, co
       for (int j = 0; j < columns; j++) out[i][j] = sum_lanes(acc[i][j]);                                           \
   }
 
-INLINE vu32 load_pairs(const uint16_t* p) { vu32 v; memcpy(&v, p, sizeof v); return v; }
-
 #if SVDQ_BF16_DOT
+INLINE vu32 load_pairs(const uint16_t* p) { vu32 v; memcpy(&v, p, sizeof v); return v; }
 TILE(tile_bf16, uint16_t, load_pairs, dot_bf16(acc[i][j], a, b[j]), 2 * LANES)
 #endif
 TILE(tile_f32, float, load_f32, fma_f32(a, b[j], acc[i][j]), LANES)

@@ -1,10 +1,10 @@
 /* y = codes x weight + low x up + bias, panel by panel: 64 outputs at a time, 256 columns of weights unpacked at a time. */
 #include "parallel.h"
-#include "prepare.h"
+#include "steps.h"
 #include "tile.h"
 #include "unpack.h"
 
-enum { CHUNK = 960, EXTRA_ROWS = 2 };
+enum { CHUNK = 1152, FEWEST = 48, EXTRA_ROWS = 2 };
 
 typedef struct {
   const svdq_input* in;
@@ -31,12 +31,13 @@ typedef struct {
   void* up;        /* [rank / 2][SVDQ_PANEL][2] bfloat16 or [rank][SVDQ_PANEL] float32 */
 } workspace;
 
+/* Rows in equal parts of at most CHUNK, smaller where there would not be a few tasks for every thread. */
 static int64_t chunk_rows(const svdq_input* in, const svdq_weight* weight) {
   const int64_t panels = (weight->outputs + SVDQ_PANEL - 1) / SVDQ_PANEL;
-  int64_t chunk = CHUNK;
-  /* Smaller where there would not be a few tasks for every thread. */
-  while (chunk > 120 && panels * ((in->rows + chunk - 1) / chunk) < 6 * (int64_t)in->threads && in->rows > chunk / 2) chunk /= 2;
-  return chunk;
+  int64_t parts = (in->rows + CHUNK - 1) / CHUNK;
+  while (parts * panels < 6 * (int64_t)in->threads && in->rows / (2 * parts) >= FEWEST) parts *= 2;
+  const int64_t chunk = (in->rows + parts - 1) / (parts ? parts : 1);
+  return (chunk + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
 }
 
 static workspace lay_out(const context* c, uint8_t* at) {
@@ -70,32 +71,6 @@ static context begin(const svdq_input* in, const svdq_weight* weight) {
 
 int64_t SVDQ_NAME(multiply_bytes)(const svdq_input* in, const svdq_weight* weight) {
   return begin(in, weight).scratch_bytes * in->threads;
-}
-
-/* One block of columns for rows [first, first + count). */
-static void multiply_rows(const context* c, const workspace* w, int64_t block, int64_t first, int64_t count, float* sums) {
-  const svdq_input* in = c->in;
-  const int64_t left = c->weight->columns - block * SVDQ_BLOCK;
-  const int64_t here = left < SVDQ_BLOCK ? left : SVDQ_BLOCK;
-  tile_work t = {
-      .b = w->block,
-      .b_scale = w->scales,
-      .sum_stride = in->all_rows,
-      .a_stride = in->bits == 4 ? in->all_rows : 0,
-      .groups = (int32_t)((here + c->group - 1) / c->group),
-      .steps = (int32_t)(here < c->group ? (here + 3) / 4 : c->group / 4),
-      .a_every = in->bits == 4 ? in->group / c->group : 1,
-      .offset = code_offset(c->weight->format),
-      .first = block == 0,
-  };
-  for (int64_t row = 0; row < count; row += TILE_ROWS) {
-    const int64_t at = first + row;
-    t.a = in->codes + (block * in->all_rows + at) * SVDQ_BLOCK;
-    t.sums = in->sums + block * (SVDQ_BLOCK / in->sum_group) * in->all_rows + at;
-    t.a_scale = in->bits == 4 ? in->scales + block * (SVDQ_BLOCK / in->group) * in->all_rows + at : NULL;
-    t.c = sums + row * SVDQ_PANEL;
-    tile(&t, count - row < TILE_ROWS ? (int)(count - row) : TILE_ROWS);
-  }
 }
 
 static void pack_up(const context* c, void* packed, int64_t start, int64_t valid) {
@@ -155,11 +130,48 @@ INLINE void finish_rows(const context* c, const workspace* w, const float* sums,
         store_some_from_f32(c->y, (row + i) * c->y_stride + start + j * LANES, c->y_type, v[i][j], valid - j * LANES);
 }
 
-static void finish(const context* c, const workspace* w, int64_t first, int64_t count, int64_t start) {
-  int64_t row = 0;
-  for (; row + TILE_ROWS <= count; row += TILE_ROWS)
-    finish_rows(c, w, w->sums + row * SVDQ_PANEL, first + row, TILE_ROWS, start);
-  for (; row < count; row++) finish_rows(c, w, w->sums + row * SVDQ_PANEL, first + row, 1, start);
+/* The product takes longer than fetching where its results will go. */
+INLINE void fetch_outputs(const context* c, int64_t row, int rows, int64_t start) {
+  const int64_t size = element_bytes(c->y_type);
+  for (int i = 0; i < rows; i++) {
+    const uint8_t* y = (const uint8_t*)c->y + ((row + i) * c->y_stride + start) * size;
+    for (int64_t line = 0; line < SVDQ_PANEL * size; line += 64) __builtin_prefetch(y + line, 1);
+  }
+}
+
+/* One block of columns for rows [first, first + count); start: the first output where their sums are complete after
+   this block, else -1. */
+static void multiply_rows(const context* c, const workspace* w, int64_t block, int64_t first, int64_t count, float* sums,
+                          int64_t start) {
+  const svdq_input* in = c->in;
+  const int64_t left = c->weight->columns - block * SVDQ_BLOCK;
+  const int64_t here = left < SVDQ_BLOCK ? left : SVDQ_BLOCK;
+  tile_work t = {
+      .b = w->block,
+      .b_scale = w->scales,
+      .sum_stride = in->all_rows,
+      .a_stride = in->bits == 4 ? in->all_rows : 0,
+      .groups = (int32_t)((here + c->group - 1) / c->group),
+      .steps = (int32_t)(here < c->group ? (here + 3) / 4 : c->group / 4),
+      .a_every = in->bits == 4 ? in->group / c->group : 1,
+      .whole_bytes = c->weight->format == SVDQ_INT8,
+      .first = block == 0,
+  };
+  for (int64_t row = 0; row < count; row += TILE_ROWS) {
+    const int64_t at = first + row;
+    t.a = in->codes + (block * in->all_rows + at) * SVDQ_BLOCK;
+    t.sums = in->sums + block * (SVDQ_BLOCK / in->sum_group) * in->all_rows + at;
+    t.a_scale = in->bits == 4 ? in->scales + block * (SVDQ_BLOCK / in->group) * in->all_rows + at : NULL;
+    t.c = sums + row * SVDQ_PANEL;
+    const int rows = count - row < TILE_ROWS ? (int)(count - row) : TILE_ROWS;
+    if (start >= 0) fetch_outputs(c, at, rows, start);
+    tile(&t, rows);
+    if (start < 0) continue;
+    /* While the sums are in the first cache. */
+    if (rows == TILE_ROWS) finish_rows(c, w, t.c, at, TILE_ROWS, start);
+    else
+      for (int i = 0; i < rows; i++) finish_rows(c, w, t.c + i * SVDQ_PANEL, at + i, 1, start);
+  }
 }
 
 static void task(void* pointer, int64_t index, int32_t worker) {
@@ -172,18 +184,21 @@ static void task(void* pointer, int64_t index, int32_t worker) {
   const int64_t count = in->rows - first < c->chunk ? in->rows - first : c->chunk;
   const int64_t valid = weight->outputs - start < SVDQ_PANEL ? weight->outputs - start : SVDQ_PANEL;
   const int64_t extra = in->all_rows - in->rows;
-  for (int64_t block = 0; block < (weight->columns + SVDQ_BLOCK - 1) / SVDQ_BLOCK; block++) {
-    unpack_block(weight, start, valid, block, w.block);
-    unpack_scales(weight, start, valid, block, c->group, w.scales);
-    multiply_rows(c, &w, block, first, count, w.sums);
-    if (extra) multiply_rows(c, &w, block, in->rows, extra, w.extra);
-  }
+  const int64_t blocks = (weight->columns + SVDQ_BLOCK - 1) / SVDQ_BLOCK;
   for (int64_t n = 0; n < SVDQ_PANEL; n++)
     w.bias[n] = n < valid && weight->bias ? scalar_as_f32(weight->bias, start + n, weight->bias_type) : 0;
-  for (int64_t e = 0; e < extra; e++)
-    for (int64_t n = 0; n < SVDQ_PANEL; n++) w.bias[n] += w.extra[e * SVDQ_PANEL + n] * in->scales[in->rows + e];
   if (weight->rank) pack_up(c, w.up, start, valid);
-  finish(c, &w, first, count, start);
+  for (int64_t block = 0; block < blocks; block++) {
+    const int last = block == blocks - 1;
+    unpack_block(weight, start, valid, block, w.block);
+    unpack_scales(weight, start, valid, block, c->group, w.scales);
+    if (extra) {
+      multiply_rows(c, &w, block, in->rows, extra, w.extra, -1);
+      for (int64_t e = 0; last && e < extra; e++)
+        for (int64_t n = 0; n < SVDQ_PANEL; n++) w.bias[n] += w.extra[e * SVDQ_PANEL + n] * in->scales[in->rows + e];
+    }
+    multiply_rows(c, &w, block, first, count, w.sums, last ? start : -1);
+  }
 }
 
 void SVDQ_NAME(multiply)(const svdq_input* in, const svdq_weight* weight, const void* low, void* y, int64_t y_stride,

@@ -1,7 +1,7 @@
 /* x/s, rotated, quantized: one pass over x, a few rows at a time. */
+#include "isa.h"
 #include "parallel.h"
-#include "prepare.h"
-#include "vectors.h"
+#include "steps.h"
 
 enum { ROWS_PER_TASK = 12, HADAMARD = 128 };
 
@@ -10,21 +10,32 @@ static int64_t round_up(int64_t value, int64_t multiple) { return (value + multi
 /* Everything behind the last feature is zero, so the widest padding of all does. */
 static int64_t padded(const svdq_input* in) { return round_up(in->columns, SVDQ_BLOCK); }
 
-static int shift_is_row(const svdq_input* in) { return in->bits == 8 && in->range_count > 0; }
-
-void SVDQ_NAME(input_bytes)(svdq_input* in, int64_t* sizes) {
-  in->all_rows = in->rows + (shift_is_row(in) ? 2 : 0);
+int64_t SVDQ_NAME(input_bytes)(svdq_input* in) {
+  const int shift_is_row = in->bits == 8 && in->range_count > 0;
+  in->all_rows = in->rows + (shift_is_row ? 2 : 0);
   in->blocks = padded(in) / SVDQ_BLOCK;
-  sizes[0] = in->blocks * in->all_rows * SVDQ_BLOCK;
-  sizes[1] = (in->bits == 8 ? 1 : padded(in) / in->group) * in->all_rows * (int64_t)sizeof(float);
-  sizes[2] = padded(in) / in->sum_group * in->all_rows * (int64_t)sizeof(int32_t);
-  /* Smoothing, shift, and one row per worker. */
-  sizes[3] = (2 + in->threads) * padded(in) * (int64_t)sizeof(float);
+  const int64_t codes = in->blocks * in->all_rows * SVDQ_BLOCK;
+  const int64_t scales = (in->bits == 8 ? 1 : padded(in) / in->group) * in->all_rows * (int64_t)sizeof(float);
+  const int64_t sums = padded(in) / in->sum_group * in->all_rows * (int64_t)sizeof(int32_t);
+  in->codes = in->buffer;
+  in->scales = (float*)((uint8_t*)in->buffer + codes);
+  in->sums = (int32_t*)((uint8_t*)in->scales + scales);
+  const int64_t before = round_up(codes + scales + sums, 64);
+  in->seen = (uint64_t*)((uint8_t*)in->buffer + before);
+  return before + (in->rows + 1) * 2 * (int64_t)sizeof(uint64_t);
+}
+
+/* Smoothing, shift and one row per worker; the branch's own behind them. */
+static int64_t own_bytes(const svdq_input* in) { return (2 + in->threads) * padded(in) * (int64_t)sizeof(float); }
+
+int64_t SVDQ_NAME(prepare_bytes)(const svdq_input* in, const svdq_weight* weight) {
+  return own_bytes(in) + (weight && weight->rank ? SVDQ_NAME(down_bytes)(in, weight) : 0);
 }
 
 typedef struct {
   const svdq_input* in;
-  const svdq_weight* weight;
+  const svdq_weight* weight; /* NULL = no branch */
+  int32_t fresh;
   const float* factor; /* 1/s for 8-bit codes, s itself where codes must be exact; NULL = ones */
   const float* shift;  /* added to x before 4-bit codes; NULL = none */
   float* rows;         /* [workers][padded] */
@@ -54,35 +65,51 @@ static void rotate_block(float* h) {
   }
 }
 
-/* One row of h = x/s in float32, zero behind the features; returns its largest magnitude. */
-static float smooth_row(const context* c, int64_t row, float* h) {
+typedef enum { NONE, TIMES, OVER } scaling;
+
+INLINE vf32 scaled(vf32 v, const float* factor, scaling how) {
+  return how == TIMES ? v * load_f32(factor) : how == OVER ? v / load_f32(factor) : v;
+}
+
+INLINE float smooth_as(const context* c, int64_t row, float* h, const int32_t type, const scaling how) {
   const svdq_input* in = c->in;
-  const int exact = in->bits == 4;
   const int64_t start = row * in->x_stride, whole = in->features / LANES * LANES;
   vu32 top = {0};
   for (int64_t k = 0; k < in->features; k += LANES) {
-    vf32 v = k < whole ? load_as_f32(in->x, start + k, in->x_type)
-                       : load_some_as_f32(in->x, start + k, in->x_type, in->features - k);
+    vf32 v = k < whole ? load_as_f32(in->x, start + k, type) : load_some_as_f32(in->x, start + k, type, in->features - k);
     if (c->shift) v = v + load_f32(c->shift + k);
-    if (c->factor) v = exact ? v / load_f32(c->factor + k) : v * load_f32(c->factor + k);
+    v = scaled(v, c->factor + k, how);
     store_f32(h + k, v);
-    vu32 magnitude = (vu32)v & 0x7fffffff;
-    top = __builtin_elementwise_max(top, magnitude);
-  }
-  if (in->rotate) {
-    top = (vu32){0};
-    for (int64_t k = 0; k < in->columns; k += HADAMARD) {
-      rotate_block(h + k);
-      for (int i = 0; i < HADAMARD; i += LANES)
-        top = __builtin_elementwise_max(top, (vu32)load_f32(h + k + i) & 0x7fffffff);
-    }
+    top = __builtin_elementwise_max(top, (vu32)v & 0x7fffffff);
   }
   return largest_magnitude(top);
 }
 
-INLINE vi32 encode(vf32 v, float low, float high) {
-  v = __builtin_elementwise_min(__builtin_elementwise_max(v, splat(low)), splat(high));
-  return __builtin_convertvector(__builtin_elementwise_roundeven(v), vi32);
+/* One row of h = x/s in float32, zero behind the features; returns its largest magnitude. */
+static float smooth_row(const context* c, int64_t row, float* h) {
+  const svdq_input* in = c->in;
+  const scaling how = !c->factor ? NONE : in->bits == 8 ? TIMES : OVER;
+  float largest;
+#define CASE(TYPE)                                                       \
+  largest = how == NONE    ? smooth_as(c, row, h, TYPE, NONE)            \
+            : how == TIMES ? smooth_as(c, row, h, TYPE, TIMES)           \
+                           : smooth_as(c, row, h, TYPE, OVER)
+  if (in->x_type == SVDQ_BF16) CASE(SVDQ_BF16);
+  else if (in->x_type == SVDQ_F16) CASE(SVDQ_F16);
+  else CASE(SVDQ_F32);
+#undef CASE
+  if (!in->rotate) return largest;
+  vu32 top = {0};
+  for (int64_t k = 0; k < in->columns; k += HADAMARD) {
+    rotate_block(h + k);
+    for (int i = 0; i < HADAMARD; i += LANES)
+      top = __builtin_elementwise_max(top, (vu32)load_f32(h + k + i) & 0x7fffffff);
+  }
+  return largest_magnitude(top);
+}
+
+INLINE vi32 clamp_round(vf32 v, float low, float high) {
+  return round_to_int(__builtin_elementwise_min(__builtin_elementwise_max(v, splat(low)), splat(high)));
 }
 
 INLINE void store_codes(const svdq_input* in, int64_t row, int64_t k, vi32 codes) {
@@ -92,17 +119,20 @@ INLINE void store_codes(const svdq_input* in, int64_t row, int64_t k, vi32 codes
 
 INLINE int finite(float value) { return value - value == 0; }
 
-/* Codes of h / scale, and their sums. */
+/* Codes of h * inverse, none of which exceeds 127, and their sums. */
 static void encode_row8(const svdq_input* in, int64_t row, const float* h, float inverse) {
-  const int64_t columns = padded(in);
-  for (int64_t k = 0; k < columns; k += in->sum_group) {
+  const int64_t columns = padded(in), group = in->sum_group;
+  const int32_t offset = code_offset(in->format);
+  for (int64_t k = 0; k < columns; k += group) {
+    int8_t* codes = in->codes + ((k / SVDQ_BLOCK) * in->all_rows + row) * SVDQ_BLOCK + k % SVDQ_BLOCK;
     vi32 sum = {0};
-    for (int64_t i = k; i < k + in->sum_group; i += LANES) {
-      vi32 codes = encode(load_f32(h + i) * inverse, -127, 127);
-      sum += codes;
-      store_codes(in, row, i, codes);
+    for (int64_t i = 0; i < group; i += LANES) {
+      const vi32 values = round_to_int(load_f32(h + k + i) * inverse);
+      const vi8 bytes = __builtin_convertvector(values, vi8);
+      sum += values;
+      memcpy(codes + i, &bytes, sizeof bytes);
     }
-    in->sums[k / in->sum_group * in->all_rows + row] = __builtin_reduce_add(sum);
+    in->sums[k / group * in->all_rows + row] = -offset * __builtin_reduce_add(sum);
   }
 }
 
@@ -117,13 +147,14 @@ static void quantize_row8(const svdq_input* in, int64_t row, float* h, float lar
   float scale = largest / 127;
   if (scale == 0) scale = 1;
   in->scales[row] = scale;
-  /* The reciprocal of a subnormal scale is infinite, and infinity times zero is no code. */
-  if (scale < 0x1p-120f) {
-    for (int64_t k = 0; k < padded(in); k += LANES) store_f32(h + k, load_f32(h + k) / scale);
-    encode_row8(in, row, h, 1);
-  } else {
+  if (scale >= 0x1p-120f) {
     encode_row8(in, row, h, 1 / scale);
+    return;
   }
+  /* The reciprocal of a subnormal scale is infinite, and the scale itself coarse. */
+  for (int64_t k = 0; k < padded(in); k += LANES)
+    store_f32(h + k, __builtin_convertvector(clamp_round(load_f32(h + k) / scale, -127, 127), vf32));
+  encode_row8(in, row, h, 1);
 }
 
 static float stored_scale(float scale, int32_t type) {
@@ -165,7 +196,7 @@ static void quantize_row4(const svdq_input* in, int64_t row, float* h) {
     if (scale == 0) scale = 1;
     in->scales[g / in->group * in->all_rows + row] = none ? __builtin_nanf("") : stored_scale(scale, in->x_type);
     for (int64_t k = g; k < g + in->group; k += LANES) {
-      vi32 codes = none ? (vi32){0} : encode(load_f32(h + k) / scale, low, high);
+      vi32 codes = none ? (vi32){0} : clamp_round(load_f32(h + k) / scale, low, high);
       store_codes(in, row, k, codes);
       h[k / LANES] = (float)__builtin_reduce_add(codes); /* behind the read position: k / LANES <= k */
     }
@@ -174,7 +205,7 @@ static void quantize_row4(const svdq_input* in, int64_t row, float* h) {
   for (int64_t s = 0; s < columns / in->sum_group; s++) {
     float sum = 0;
     for (int64_t i = 0; i < vectors; i++) sum += h[s * vectors + i];
-    in->sums[s * in->all_rows + row] = (int32_t)sum;
+    in->sums[s * in->all_rows + row] = -code_offset(in->format) * (int32_t)sum;
   }
 }
 
@@ -186,8 +217,9 @@ static void quantize_shift(const svdq_input* in, const float* shift, const float
     vf32 v = load_f32(shift + k);
     if (factor) v = v * load_f32(factor + k);
     store_f32(h + k, v);
-    top = __builtin_elementwise_max(top, (vu32)v & 0x7fffffff);
   }
+  for (int64_t k = 0; in->rotate && k < in->columns; k += HADAMARD) rotate_block(h + k);
+  for (int64_t k = 0; k < columns; k += LANES) top = __builtin_elementwise_max(top, (vu32)load_f32(h + k) & 0x7fffffff);
   quantize_row8(in, in->rows, h, largest_magnitude(top));
   const float scale = in->scales[in->rows], inverse = 1 / scale;
   for (int64_t k = 0; k < columns; k += LANES) {
@@ -199,14 +231,57 @@ static void quantize_shift(const svdq_input* in, const float* shift, const float
   encode_row8(in, in->rows + 1, h, 127 / rest);
 }
 
+INLINE vu32 mixed(vu32 sum, const uint8_t* p) {
+  vu32 v;
+  memcpy(&v, p, sizeof v);
+  v = (sum ^ v) * 0x9e3779b1u;
+  return v ^ (v >> 15);
+}
+
+/* 128 bits that a change anywhere changes. */
+static void checksum(const void* data, int64_t bytes, uint64_t out[2]) {
+  enum { TOGETHER = 4 };
+  vu32 sums[TOGETHER] = {{0}, {1}, {2}, {3}};
+  const uint8_t* p = data;
+  int64_t i = 0;
+  for (; i + 64 * TOGETHER <= bytes; i += 64 * TOGETHER)
+    for (int j = 0; j < TOGETHER; j++) sums[j] = mixed(sums[j], p + i + 64 * j);
+  for (; i < bytes; i += 64) {
+    uint8_t buffer[64] = {0};
+    memcpy(buffer, p + i, bytes - i < 64 ? bytes - i : 64);
+    sums[0] = mixed(sums[0], buffer);
+  }
+  uint64_t weight = 0x9e3779b97f4a7c15u;
+  out[0] = out[1] = (uint64_t)bytes;
+  for (int j = 0; j < TOGETHER; j++)
+    for (int lane = 0; lane < LANES; lane++) {
+      weight = weight * 0xd1342543de82ef95u + 2; /* stays odd: no change of one lane is lost */
+      out[0] += sums[j][lane] * weight;
+      out[1] += (sums[j][lane] ^ 0x55555555u) * (weight >> 17 | 1);
+    }
+}
+
+/* Whether data is what it was when `seen` was last written; now it is. */
+static int unchanged(const void* data, int64_t bytes, uint64_t seen[2], int fresh) {
+  uint64_t now[2];
+  checksum(data, bytes, now);
+  if (!fresh && now[0] == seen[0] && now[1] == seen[1]) return 1;
+  seen[0] = now[0];
+  seen[1] = now[1];
+  return 0;
+}
+
 static void task(void* pointer, int64_t index, int32_t worker) {
   const context* c = pointer;
   const svdq_input* in = c->in;
   const int64_t first = index * ROWS_PER_TASK;
   const int64_t last = first + ROWS_PER_TASK < in->rows ? first + ROWS_PER_TASK : in->rows;
-  if (in->codes) {
+  {
     float* h = c->rows + worker * padded(in);
+    const int64_t size = element_bytes(in->x_type);
     for (int64_t row = first; row < last; row++) {
+      const uint8_t* x = (const uint8_t*)in->x + row * in->x_stride * size;
+      if (unchanged(x, in->features * size, in->seen + 2 * row, c->fresh)) continue;
       memset(h + in->features / LANES * LANES, 0, (padded(in) - in->features / LANES * LANES) * sizeof(float));
       float largest = smooth_row(c, row, h);
       if (in->bits == 8) quantize_row8(in, row, h, largest);
@@ -216,11 +291,13 @@ static void task(void* pointer, int64_t index, int32_t worker) {
   if (c->weight) SVDQ_NAME(down_rows)(&c->down, first, last, worker);
 }
 
-void SVDQ_NAME(prepare)(const svdq_input* in, const svdq_weight* weight, void* low, void* low_scratch) {
+void SVDQ_NAME(prepare)(const svdq_input* in, int32_t fresh, const svdq_weight* weight, void* low, void* scratch) {
   const int64_t columns = padded(in);
   context c = {.in = in, .weight = weight && weight->rank ? weight : NULL};
-  if (in->codes) {
-    float* factor = in->scratch;
+  const int64_t smooth_bytes = in->smooth ? in->features * element_bytes(in->smooth_type) : 0;
+  c.fresh = !unchanged(in->smooth, smooth_bytes, in->seen + 2 * in->rows, fresh);
+  {
+    float* factor = scratch;
     float* shift = factor + columns;
     c.rows = shift + columns;
     if (in->smooth) {
@@ -237,9 +314,9 @@ void SVDQ_NAME(prepare)(const svdq_input* in, const svdq_weight* weight, void* l
       for (int32_t i = 0; i < in->range_count; i++)
         for (int64_t k = in->ranges[2 * i]; k < in->ranges[2 * i + 1]; k++) shift[k] = in->shift;
       if (in->bits == 4) c.shift = shift;
-      else quantize_shift(in, shift, c.factor, c.rows);
+      else if (c.fresh) quantize_shift(in, shift, c.factor, c.rows);
     }
   }
-  if (c.weight) SVDQ_NAME(down_begin)(&c.down, in, weight, low, low_scratch);
+  if (c.weight) SVDQ_NAME(down_begin)(&c.down, in, weight, low, (uint8_t*)scratch + own_bytes(in));
   svdq_parallel_for((in->rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK, in->threads, task, &c);
 }

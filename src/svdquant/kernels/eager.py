@@ -1,0 +1,24 @@
+"""When an operation can be called directly: torch's own way around it costs more than a small layer's product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What torch keeps of modes that want to see every operation (fake tensors, tracing, profiling, vmap). Where one of
+# these names is missing, nothing is called directly.
+_DISPATCH_MODES: Callable[[], int] | None = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_FUNCTIONAL: Callable[[], Any] | None = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+_TRACING: Callable[[], Any] | None = getattr(torch._C, "_get_tracing_state", None)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x is an ordinary CPU tensor that nothing but the caller looks at: no gradient, no mode, no compiler."""
+    if torch.compiler.is_compiling() or _DISPATCH_MODES is None or _FUNCTIONAL is None or _TRACING is None:
+        return False
+    if type(x) is not Tensor or x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
+        return False
+    return not _DISPATCH_MODES() and _FUNCTIONAL() is None and _TRACING() is None
