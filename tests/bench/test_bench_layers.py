@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import fields
 
@@ -12,7 +13,7 @@ import torch
 from svdquant.bench.cases import LinearCase, Shape, linear_case, parse_shape
 from svdquant.bench.device import CPU
 from svdquant.bench.layers import run_layer, run_layers
-from svdquant.bench.ours import Variant, solve, variants
+from svdquant.bench.ours import OurLayer, Variant, solve, variants
 from svdquant.bench.peers import PEERS, choose_peers
 from svdquant.bench.peers.base import Peer
 from svdquant.bench.report import HEADER, cells, markdown
@@ -115,11 +116,8 @@ def test_the_error_of_ours_in_numpy(case: Case) -> None:
 def test_quick_solving_means_the_weight() -> None:
     data = linear_case(Shape(4, 384, 256), torch.bfloat16, 1)
     relative = {}
-    for name, rank, rotate, gptq in (
-        ("plain", 0, False, False),
-        ("rank", 32, False, False),
-        ("rotated", 32, True, True),
-    ):
+    kinds = (("plain", 0, False, False), ("rank", 32, False, False), ("rotated", 32, True, True))
+    for name, rank, rotate, gptq in kinds:
         layer = solve(Variant(name, "int4", "int8", rank, rotate), data.weight, data.bias, data.calibration, gptq)
         dense, bias = layer.tensors().dense()
         assert bias is not None and torch.equal(bias, data.bias.float())
@@ -127,6 +125,22 @@ def test_quick_solving_means_the_weight() -> None:
         relative[name] = float(difference.norm() / (data.calibration.float() @ data.weight.float().T).norm())
     assert relative["plain"] < 0.12 and relative["rank"] < 0.6 * relative["plain"]
     assert relative["rotated"] < relative["rank"]
+
+
+def test_no_layer_finds_its_input_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours reuses what it quantized for the call before, where the input is the same; then too little is measured."""
+    read: list[int] = []
+
+    def seen(self: OurLayer, x: torch.Tensor) -> torch.Tensor:
+        read.append(x.data_ptr())
+        return torch.zeros(SHAPE.m, SHAPE.n)
+
+    monkeypatch.setattr(OurLayer, "__call__", seen)
+    monkeypatch.setattr(OurLayer, "prepare", lambda *_: None)
+    monkeypatch.setattr(OurLayer, "bytes", 1)
+    run_layer(SHAPE, Settings([SHAPE], rounds=4, rank=16, sample_seconds=0.001), CPU(), lambda *_: None)
+    timed = read[2 * len(variants(SHAPE, 16)) :]
+    assert len(timed) > 50 and all(a != b for a, b in itertools.pairwise(timed))
 
 
 def test_modulation_finds_weights_cold() -> None:

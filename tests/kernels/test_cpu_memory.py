@@ -86,7 +86,7 @@ def test_running_keeps_no_second_copy_of_the_weights():
 """)
     assert out["packed"] > 40 * MB
     assert out["first"][1] < out["packed"] / 8, out
-    assert out["second"][1] < MB, out
+    assert out["second"][1] < out["packed"] / 8, out
 
 
 @native
@@ -105,6 +105,11 @@ def test_scratch_of_a_long_input():
     out["A8"] = growth(lambda: svdquant_linear(x, t, "int8"))
     out["A4"] = growth(lambda: svdquant_linear(x, t, "int4"))
     out["16 bits"] = growth(lambda: w4a16_linear(x, plain.qweight, plain.wscales, plain.bias))
+    def forget():
+        global x
+        svdquant_linear(x, t, "int8")
+        x = x.clone()
+    out["after x"] = growth(forget)
     x = x.half()
     w4a16_linear(x[:64], plain.qweight, plain.wscales, plain.bias)
     out["16 bits, float16"] = growth(lambda: w4a16_linear(x, plain.qweight, plain.wscales, plain.bias))
@@ -112,10 +117,12 @@ def test_scratch_of_a_long_input():
         threads=2,
     )
     result = 16384 * 256 * 2
-    beside = {name: round((peak - result) / MB, 1) for name, (peak, _) in out.items()}
+    beside = {name: round((peak - result) / MB, 1) for name, (peak, _) in out.items() if name != "after x"}
     # Scales and sums of codes come beside the codes.
     assert max(beside.values()) < 1.25 * SCRATCH_LIMIT / MB + 4, beside
-    assert max(left for _, left in out.values()) < 4 * MB, out
+    # Codes of the last input stay for linears that read it too, as long as it lives.
+    assert max(left for _, left in out.values()) < SCRATCH_LIMIT, out
+    assert out["after x"][1] < 4 * MB, out
 
 
 @native

@@ -340,3 +340,39 @@ def test_inputs_are_not_kept_alive(path, activations):
     svdquant_linear(x, b, activations)
     del x
     assert gone() is None
+
+
+@pytest.mark.skipif(cpu_truth.PATHS == ["dequantize"], reason="nothing is shared there")
+@pytest.mark.parametrize("shape", [(ROWS, K), (2, ROWS // 2, K)], ids=str)
+def test_an_input_is_quantized_once(path, shape, activations, monkeypatch):
+    """The second reader finds the first one's codes."""
+    from svdquant.kernels.cpu import linear
+
+    found = []
+    take = linear.take
+
+    def recording(*arguments: Any) -> Any:
+        made = take(*arguments)
+        found.append(made.filled)
+        return made
+
+    monkeypatch.setattr(linear, "take", recording)
+    a, b = pair()
+
+    def both(x: torch.Tensor) -> torch.Tensor:
+        h = x * 2
+        return svdquant_linear(h, a, activations) + svdquant_linear(h, b, activations)
+
+    torch._dynamo.reset()
+    x = cpu_truth.inputs(ROWS, K, FP32).reshape(shape)
+    expected = both(x)
+    assert found == [False, True]
+    for way in ("gradient", "compiled"):
+        svdquant_linear(torch.zeros(1, K), a, activations)
+        found.clear()
+        if way == "gradient":
+            y = both(x.clone().requires_grad_())
+        else:
+            y = torch.compile(both, fullgraph=True, backend="aot_eager")(x)
+        # Whether codes are shared there is left to the operation; the result is the same.
+        assert torch.equal(y.detach(), expected), way

@@ -78,6 +78,7 @@ def run_block(name: str, settings: Settings, device: Device, progress: Any) -> C
     half = {key: _cast(value, torch.bfloat16) for key, value in inputs.items()}
     row = Row(REFERENCE, BASELINE, bytes=_bytes(dense), bytes_ratio=1.0)
     case.rows.append(row)
+    blocks = [dense]
     contenders = [_contender(row, dense, half, device)]
     for number, recipe in enumerate(RECIPES):
         progress(1 + number, f"{name} block: {recipe.name}")
@@ -90,6 +91,7 @@ def run_block(name: str, settings: Settings, device: Device, progress: Any) -> C
         row.bytes_ratio = _bytes(ours) / _bytes(dense)
         row.error = _error(ours, inputs)
         case.rows.append(row)
+        blocks.append(ours)
         contenders.append(_contender(row, ours, inputs, device))
     made = 1 + len(RECIPES)
     seconds = measure(
@@ -101,8 +103,8 @@ def run_block(name: str, settings: Settings, device: Device, progress: Any) -> C
     )
     for row in case.rows:
         row.set_times(seconds[row.contender], seconds[REFERENCE])
-    for contender in contenders[:2]:
-        case.profiles[contender.name] = profile(contender.calls[0])
+    for contender, block in zip(contenders, blocks, strict=True):
+        case.profiles[contender.name] = profile(contender.calls[0], block)
     return case
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import os
 import platform
 import time
@@ -61,7 +60,6 @@ class CPU:
         return (time.perf_counter() - began) / repeats
 
     def resident(self) -> int | None:
-        gc.collect()
         _return_free_memory()
         return _status("VmRSS")
 

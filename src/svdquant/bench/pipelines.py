@@ -79,7 +79,7 @@ def run_pipelines(settings: Settings, device: Device) -> list[Case]:
         row.set_times(seconds[row.contender], seconds[baseline])
         row.more["seconds_per_picture"] = row.milliseconds.median / 1e3 / len(prompts) if row.milliseconds else None
     for contender in contenders:
-        case.profiles[contender.name] = profile(contender.calls[0])
+        case.profiles[contender.name] = profile(contender.calls[0], models[contender.name][0])
     return [case]
 
 

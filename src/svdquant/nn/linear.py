@@ -88,25 +88,15 @@ class QuantizedMixin:
         return (self.out_features, self.in_features)
 
     def tensors(self) -> SVDQuantTensors:
-        """The record behind this layer; it shares the parameters' storage.
-
-        The same object as before while the parameters are the same: kernels remember what they derive from it.
-        """
+        """The record behind this layer; it shares the parameters' storage."""
         module: Any = self
-        parameters = module._parameters
-        now = [parameters[name] if name in parameters else getattr(module, name) for name in TENSOR_NAMES]
-        known = self.__dict__.get("_record")
-        if known is not None and known.spec is self.spec:
-            kept = (getattr(known, name) for name in TENSOR_NAMES)
-            if all(a is b for a, b in zip(now, kept, strict=True)):
-                return known
-        record = SVDQuantTensors(self.spec, self.in_features, **dict(zip(TENSOR_NAMES, now, strict=True)))
+        record = SVDQuantTensors(self.spec, self.in_features, **{n: getattr(module, n) for n in TENSOR_NAMES})
         if not torch.compiler.is_compiling():
-            self.__dict__["_record"] = record
+            record.memory = self.__dict__.setdefault("_memory", {})
         return record
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_record"}
+        return {name: value for name, value in self.__dict__.items() if name != "_memory"}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         module: Any = self

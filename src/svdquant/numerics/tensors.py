@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,16 @@ class SVDQuantTensors:
     proj_up: Tensor | None = None
     bias: Tensor | None = None
     wzeros: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        # What kernels derive from the tensors, by addresses, never the tensors themselves: no part of the record.
+        self.memory: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, memory={})
 
     @property
     def out_features(self) -> int:

@@ -119,13 +119,13 @@ def _addresses(t: SVDQuantTensors) -> tuple[Any, ...]:
 def _weight(tensors: SVDQuantTensors) -> tuple[Weight, tuple[Tensor, ...]]:
     """`describe_weight`, remembered by the tensors while they stay where they are."""
     addresses = _addresses(tensors)
-    known = tensors.__dict__.get("_cpu_weight")
+    known = tensors.memory.get("cpu")
     if known is not None and known[0] == addresses:
         return known[1], ()
     weight, kept = describe_weight(tensors)
     # A copy that had to be made dies with this call, so its address must not be remembered.
     if all(part is None or (part[3] and part[1] != torch.float64) for part in addresses):
-        tensors.__dict__["_cpu_weight"] = (addresses, weight)
+        tensors.memory["cpu"] = (addresses, weight)
     return weight, kept
 
 
