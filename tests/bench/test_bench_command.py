@@ -7,15 +7,17 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from svdquant import SVDQuantConfig
+from svdquant.bench import pipelines
 from svdquant.bench.blocks import RECIPES, run_blocks
 from svdquant.bench.device import CPU
-from svdquant.bench.pipelines import run_pipelines
 from svdquant.bench.profile import kind_of
 from svdquant.bench.report import markdown
 from svdquant.bench.results import Results
@@ -110,9 +112,10 @@ def test_blocks() -> None:
     assert "ours W4A8 spends: " in text and "linears" in text
 
 
-def test_pipelines() -> None:
+def test_pipelines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipelines, "SVDQuantConfig", partial(SVDQuantConfig, smooth=2, gptq=False))
     size = PictureSize(steps=1, height=32, width=32, calibration_prompts=1)
-    (case,) = run_pipelines(Settings(picture=size, rank=16, rounds=1, sample_seconds=0.0), CPU())
+    (case,) = pipelines.run_pipelines(Settings(picture=size, rank=16, rounds=1, sample_seconds=0.0), CPU())
     assert [row.contender for row in case.rows] == ["diffusers bf16", "ours W4A8", "ours W4A4", "ours W8A8"]
     assert case.rows[0].error == 0 and case.rows[0].more["psnr"] is None
     assert all(0 < row.error < 0.5 and row.more["psnr"] > 10 for row in case.rows[1:])

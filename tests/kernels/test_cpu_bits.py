@@ -105,6 +105,19 @@ def test_one_row_of_a_large_batch(path):
         cpu_truth.check(path, whole[::7], cpu_truth.output(x[::7], t, activations), t)
 
 
+@pytest.mark.skipif(cpu_truth.PATHS == ["dequantize"], reason="that path has no limit to its scratch")
+def test_inputs_that_are_multiplied_in_parts(path, layer, monkeypatch):
+    from svdquant.kernels.cpu import linear
+
+    run, k, dtype, unsigned = layer
+    x = cpu_truth.inputs(257, k, dtype, 1, unsigned)
+    whole = run(x)
+    for limit in (1, 10_000, 100_000):
+        monkeypatch.setattr(linear, "SCRATCH_LIMIT", limit)
+        assert torch.equal(run(x), whole)
+        assert torch.equal(run(x.t().contiguous().t()), whole)
+
+
 def test_memory_of_the_past_is_not_read(path, layer):
     """What earlier calls left in scratch or in freed memory changes nothing."""
     run, k, dtype, unsigned = layer

@@ -169,6 +169,62 @@ def test_weights_that_change(path):
         cpu_truth.check_linear(path, x, layer.tensors(), "int8")
 
 
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_another_default_device(path):
+    """As while a model is being built elsewhere, or where tensors are made on an accelerator by default."""
+    t, plain = cpu_truth.layer(130, 40, unsigned=((0, 64),)), weights_only(130, 40, FP32)
+    x = cpu_truth.inputs(6, 130, FP32)
+    expected = [svdquant_linear(x, t, "int8"), svdquant_linear(x, t, "int4"), plain(x)]
+    with torch.device("meta"):
+        results = [svdquant_linear(x, t, "int8"), svdquant_linear(x, t, "int4"), plain(x)]
+    for y, wanted in zip(results, expected, strict=True):
+        assert y.device.type == "cpu" and torch.equal(y, wanted)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert close(svdquant_linear(x, t, "int8"), expected[0]) and torch.equal(plain(x), expected[2])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_views_whose_sign_is_pending(path):
+    """The imaginary part of a conjugate is such a view: its numbers are those of its memory, negated."""
+    for activations in ("int8", "int4"):
+        t = cpu_truth.layer(130, 40)
+        x = cpu_truth.inputs(6, 130, FP32)
+        expected = svdquant_linear(x, t, activations)
+        view = torch.complex(torch.zeros(6, 130), -x).conj().imag
+        assert view.is_neg() and torch.equal(view, x)
+        assert torch.equal(svdquant_linear(view, t, activations), expected)
+        for name in ("bias", "smooth_factor", "proj_up", "proj_down"):
+            moved = copy.copy(t)
+            setattr(moved, name, torch._neg_view(-getattr(t, name)))
+            assert torch.equal(svdquant_linear(x, moved, activations), expected), name
+    plain = weights_only(130, 40, FP32)
+    assert torch.equal(plain(view), plain(x))
+
+
+def test_kinds_of_tensors(path):
+    """Parameters, buffers, subclasses and tensors of inference are tensors."""
+
+    class Named(torch.Tensor):
+        pass
+
+    t, plain = cpu_truth.layer(130, 40, dtype=BF16), weights_only(130, 40)
+    x = cpu_truth.inputs(6, 130, BF16)
+    expected = svdquant_linear(x, t, "int8")
+    for kind in (nn.Parameter(x.clone()), nn.Parameter(x.clone(), False), nn.Buffer(x.clone()), x.as_subclass(Named)):
+        assert torch.equal(svdquant_linear(kind, t, "int8").detach().as_subclass(torch.Tensor), expected), type(kind)
+        assert torch.equal(plain(kind).detach().as_subclass(torch.Tensor), plain(x))
+    t.proj_up = nn.Parameter(t.proj_up)
+    assert torch.equal(svdquant_linear(x, t, "int8").detach(), expected)
+    with torch.inference_mode():
+        other = cpu_truth.layer(130, 40, dtype=BF16)
+    assert torch.equal(svdquant_linear(x, other, "int8"), expected)
+
+
 def test_records_can_be_copied_after_use(path):
     for activations in ("int8", "int4"):
         t = cpu_truth.layer(130, 40)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import SVDQuantError
 
-# FLUX.1's: attention projections, a short prompt, both halves of a feed-forward, modulation, three prompts' text.
+# FLUX.1's: attention projections, the same of few tokens, both halves of a feed-forward, modulation, a smaller picture.
 DEFAULT_SHAPES = (
     "1024x3072x3072",
     "256x3072x3072",

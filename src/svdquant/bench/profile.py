@@ -20,7 +20,7 @@ _KINDS = (
     (LINEARS, ("linear", "addmm", "matmul", "bmm", "::mm")),
     (ATTENTION, ("scaled_dot_product", "flash_attention")),
     (CONVOLUTIONS, ("conv",)),
-    (COPIES, ("copy", "::to", "cat", "contiguous", "clone", "::stack")),
+    (COPIES, ("copy", "::to.", "::cat", "contiguous", "clone", "::stack")),
 )
 
 
@@ -71,4 +71,4 @@ def kind_of(operation: str) -> str:
     """The kind of an operation by its name, such as "aten::addmm"."""
     if operation.startswith("svdquant::"):
         return LINEARS
-    return next((kind for kind, parts in _KINDS if any(part in operation for part in parts)), REST)
+    return next((kind for kind, parts in _KINDS if any(part in f"{operation}." for part in parts)), REST)

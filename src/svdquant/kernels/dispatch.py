@@ -72,20 +72,28 @@ def resolve_activations(activations: str, spec: LayerSpec, device: torch.device)
     return solved_for if bits[solved_for] > bits[wanted] else wanted
 
 
-def svdquant_linear(x: Tensor, tensors: SVDQuantTensors, activations: str = "auto") -> Tensor:
-    """y = Q(x/s)·Ŵᵀ + (x·Dᵀ)·Uᵀ + b.
+def svdquant_linear(
+    x: Tensor,
+    tensors: SVDQuantTensors,
+    activations: str = "auto",
+    gelu: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """y = Q(x/s)·Ŵᵀ + (x·Dᵀ)·Uᵀ + b, or its GELU (tanh).
 
     x [..., K] of a floating type, any leading dimensions, none of them required to be non-empty; returns [..., N] in
-    x's type. Row i depends on row i alone, bit for bit. Raises `SVDQuantError` where K does not fit.
+    x's type. out: [..., N] of x's type, written and returned instead. Row i depends on row i alone, bit for bit. Raises `SVDQuantError` where K does not fit.
     """
     if x.shape[-1] != tensors.in_features:
         raise SVDQuantError(f"input has {x.shape[-1]} features, the layer takes {tensors.in_features}")
     t = tensors
     activations = resolve_activations(activations, t.spec, x.device)
     if eager.is_plain(x) and _backend(x.device) == "native" and cpu.supports(t, activations, x.dtype):
-        y = cpu.svdquant_linear(x, t, activations)
-        return y.view(*x.shape[:-1], y.shape[-1])
-    return torch.ops.svdquant.linear(
+        rows = None if out is None else _as_rows(out, x)
+        if out is None or rows is not None:
+            y = cpu.svdquant_linear(x, t, activations, gelu, rows)
+            return y.view(*x.shape[:-1], y.shape[-1]) if out is None else out
+    y = torch.ops.svdquant.linear(
         x,
         t.qweight,
         t.wscales,
@@ -100,6 +108,19 @@ def svdquant_linear(x: Tensor, tensors: SVDQuantTensors, activations: str = "aut
         t.spec.rotate,
         activations,
     )
+    if gelu:
+        y = torch.nn.functional.gelu(y, approximate="tanh")
+    return y if out is None else out.copy_(y)
+
+
+def _as_rows(out: Tensor, x: Tensor) -> Tensor | None:
+    """out [..., N] seen as [M, N] with contiguous rows, or None where a copy would be needed."""
+    if out.dtype != x.dtype or out.stride(-1) != 1 or out.device != x.device:
+        return None
+    try:
+        return out.view(-1, out.shape[-1])
+    except RuntimeError:
+        return None
 
 
 @torch.library.custom_op("svdquant::linear", mutates_args=())

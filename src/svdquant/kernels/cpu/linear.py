@@ -148,10 +148,15 @@ def quantize(x: Tensor, spec: LayerSpec, smooth: Tensor | None, activations: str
     return made
 
 
-def svdquant_linear(x: Tensor, tensors: SVDQuantTensors, activations: str) -> Tensor:
-    """y = Q(x/s)·Ŵᵀ + (x·Dᵀ)·Uᵀ + b for x [M, K]; returns [M, N] in x's type. See `supports`."""
+def svdquant_linear(
+    x: Tensor, tensors: SVDQuantTensors, activations: str, gelu: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """y = Q(x/s)·Ŵᵀ + (x·Dᵀ)·Uᵀ + b for x [M, K], or GELU (tanh) of it; returns [M, N] in x's type. See `supports`.
+
+    out: [M, N] of x's type with contiguous rows, to be written and returned.
+    """
     ops, source, x = operations(), x, _rows(x)
-    y = x.new_empty(x.shape[0], tensors.out_features)
+    y = x.new_empty(x.shape[0], tensors.out_features) if out is None else out
     weight, kept = _weight(tensors)
     # Leaves room for the padding of the codes and for what lies beside them.
     part = _part(x.shape[0], weight.columns + 2 * BLOCK)
@@ -164,6 +169,7 @@ def svdquant_linear(x: Tensor, tensors: SVDQuantTensors, activations: str) -> Te
             record,
             byref(weight),
             not made.filled,
+            gelu,
             out.data_ptr(),
             out.stride(0),
             TYPES[out.dtype],

@@ -78,7 +78,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "svdq_input_bytes": (c_int64, [c_void_p]),
     "svdq_quantize": (None, [c_void_p] * 2),
     "svdq_quantize_bytes": (c_int64, [c_void_p]),
-    "svdq_linear": (None, [c_void_p, c_void_p, c_int32, c_void_p, c_int64, c_int32, c_void_p]),
+    "svdq_linear": (None, [c_void_p, c_void_p, c_int32, c_int32, c_void_p, c_int64, c_int32, c_void_p]),
     "svdq_linear_bytes": (c_int64, [c_void_p] * 2),
     "svdq_weight_only": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_void_p]),
     "svdq_weight_only_bytes": (c_int64, [c_void_p] * 2),

@@ -7,9 +7,9 @@ void svdq_quantize(svdq_input* input, void* scratch) { svdq_current()->quantize(
 
 int64_t svdq_quantize_bytes(const svdq_input* input) { return svdq_current()->quantize_bytes(input); }
 
-void svdq_linear(svdq_input* input, const svdq_weight* weight, int32_t fresh, void* y, int64_t y_stride, int32_t y_type,
-                 void* scratch) {
-  svdq_current()->linear(input, weight, fresh, y, y_stride, y_type, scratch);
+void svdq_linear(svdq_input* input, const svdq_weight* weight, int32_t fresh, int32_t gelu, void* y, int64_t y_stride,
+                 int32_t y_type, void* scratch) {
+  svdq_current()->linear(input, weight, fresh, gelu, y, y_stride, y_type, scratch);
 }
 
 int64_t svdq_linear_bytes(const svdq_input* input, const svdq_weight* weight) {

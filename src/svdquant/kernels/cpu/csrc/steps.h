@@ -18,8 +18,8 @@ void SVDQ_NAME(prepare)(const svdq_input* in, int32_t fresh, const svdq_weight* 
 int64_t SVDQ_NAME(prepare_bytes)(const svdq_input* in, const svdq_weight* weight);
 
 /* One pass over y. */
-void SVDQ_NAME(multiply)(const svdq_input* in, const svdq_weight* weight, const void* low, void* y, int64_t y_stride,
-                         int32_t y_type, void* scratch);
+void SVDQ_NAME(multiply)(const svdq_input* in, const svdq_weight* weight, const void* low, int32_t gelu, void* y,
+                         int64_t y_stride, int32_t y_type, void* scratch);
 int64_t SVDQ_NAME(multiply_bytes)(const svdq_input* in, const svdq_weight* weight);
 
 /* The low-rank activation [rows, padded rank], bfloat16 where both operands of the branch's products are and the

@@ -88,11 +88,11 @@ SVDQ_PUBLIC int64_t svdq_input_bytes(svdq_input* input);
 /* x/s, rotated, quantized, into input->buffer. scratch: svdq_quantize_bytes. */
 SVDQ_PUBLIC void svdq_quantize(svdq_input* input, void* scratch);
 SVDQ_PUBLIC int64_t svdq_quantize_bytes(const svdq_input* input);
-/* y [rows, outputs] = codes * weight + (x * down) * up + bias. fresh: the buffer holds nothing yet; else it holds the codes of
+/* y [rows, outputs] = codes * weight + (x * down) * up + bias, and GELU (tanh) of it where gelu is set. fresh: the buffer holds nothing yet; else it holds the codes of
    some input of the same description, and only rows that are not those it was made from are quantized.
    scratch: svdq_linear_bytes. */
-SVDQ_PUBLIC void svdq_linear(svdq_input* input, const svdq_weight* weight, int32_t fresh, void* y, int64_t y_stride,
-                             int32_t y_type, void* scratch);
+SVDQ_PUBLIC void svdq_linear(svdq_input* input, const svdq_weight* weight, int32_t fresh, int32_t gelu, void* y,
+                             int64_t y_stride, int32_t y_type, void* scratch);
 SVDQ_PUBLIC int64_t svdq_linear_bytes(const svdq_input* input, const svdq_weight* weight);
 /* y = x * weight + bias, x not quantized. */
 SVDQ_PUBLIC void svdq_weight_only(const svdq_input* input, const svdq_weight* weight, void* y, int64_t y_stride,

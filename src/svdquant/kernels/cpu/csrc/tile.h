@@ -14,6 +14,7 @@ typedef struct {
   int64_t sum_stride;
   int64_t a_stride;
   int32_t groups;       /* that share scales */
+  int32_t group;        /* columns of one */
   int32_t steps;        /* of 4 columns, per group */
   int32_t whole_bytes;  /* weight codes of 8 bits, not 5 */
   int32_t a_every;      /* groups that share an a_scale */
@@ -22,10 +23,19 @@ typedef struct {
 
 enum { VECTORS = SVDQ_PANEL / LANES };
 
+/* tile(t, rows): at most TILE_ROWS. A task calls tile_begin before and tile_end after all its tiles. */
+#if SVDQ_AMX
+#include "tile_avx512.h"
+#include "tile_amx.h"
+#else
 #if SVDQ_WIDE
 #include "tile_avx512.h"
+INLINE void tile(const tile_work* t, int rows) { tile_avx512(t, rows); }
 #else
 #include "tile_portable.h"
+#endif
+INLINE void tile_begin(int32_t group) { (void)group; }
+INLINE void tile_end(void) {}
 #endif
 
 #endif

@@ -1,13 +1,15 @@
 /* 3 rows by 64 columns: 12 integer and 12 float sums, 4 weights and a broadcast fill the 32 registers, so that a group's
    integers are scaled and added without leaving them. */
+enum { REGISTER_ROWS = 3 };
+
 INLINE void tile_rows(const tile_work* t, const int rows, const int steps, const int scaled) {
-  vf32 sum[TILE_ROWS][VECTORS];
+  vf32 sum[REGISTER_ROWS][VECTORS];
   const int8_t* a = t->a;
   const uint8_t* b = t->b;
   for (int i = 0; i < rows; i++)
     for (int j = 0; j < VECTORS; j++) sum[i][j] = t->first ? splat(0) : load_f32(t->c + i * SVDQ_PANEL + j * LANES);
   _Pragma("clang loop unroll(disable)") for (int32_t g = 0; g < t->groups; g++) {
-    __m512i acc[TILE_ROWS][VECTORS];
+    __m512i acc[REGISTER_ROWS][VECTORS];
     for (int i = 0; i < rows; i++) {
       const __m512i start = _mm512_set1_epi32(t->sums[g * t->sum_stride + i]);
       for (int j = 0; j < VECTORS; j++) acc[i][j] = start;
@@ -46,7 +48,7 @@ TILE_SHAPE(3, t->steps, tile_3_any)
 TILE_SHAPE(2, t->steps, tile_2_any)
 TILE_SHAPE(1, t->steps, tile_1_any)
 
-INLINE void tile(const tile_work* t, int rows) {
+INLINE void tile_avx512(const tile_work* t, int rows) {
   const int scaled = t->a_scale != NULL;
 #define RUN(NAME) { if (scaled) NAME##_scaled(t); else NAME##_plain(t); }
   if (rows == 3 && t->steps == 16) RUN(tile_3_64)

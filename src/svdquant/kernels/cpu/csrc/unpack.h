@@ -87,6 +87,13 @@ static void unpack_block(const svdq_weight* w, int64_t start, int64_t valid, int
   }
 }
 
+/* Asks for one output's codes of a block, before unpack_block needs them. */
+INLINE void fetch_codes(const svdq_weight* w, int64_t output, int64_t block) {
+  const int64_t size = w->format == SVDQ_INT8 ? SVDQ_BLOCK : SVDQ_BLOCK / 2;
+  const uint8_t* p = w->qweight + output * w->row_bytes + block * size;
+  for (int64_t line = 0; line < size; line += 64) __builtin_prefetch(p + line);
+}
+
 /* scales [SVDQ_BLOCK / group][SVDQ_PANEL]: float32, group scale times outer scale. */
 static void unpack_scales(const svdq_weight* w, int64_t start, int64_t valid, int64_t block, int32_t group, float* scales) {
   const float unit = w->format == SVDQ_NVFP4 ? 0.5f : 1;

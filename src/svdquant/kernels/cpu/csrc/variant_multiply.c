@@ -13,6 +13,7 @@ typedef struct {
   void* y;
   int64_t y_stride;
   int32_t y_type;
+  int32_t gelu;
   int32_t group; /* columns that share both scales */
   int32_t bf16;  /* the branch's products are */
   int64_t panels;
@@ -92,26 +93,28 @@ static void pack_up(const context* c, void* packed, int64_t start, int64_t valid
     }
 }
 
-INLINE void finish_rows(const context* c, const workspace* w, const float* sums, int64_t row, const int rows, int64_t start) {
+/* Outputs start + n and the next, as many as registers hold. */
+INLINE void finish_rows(const context* c, const workspace* w, const float* sums, int64_t row, const int rows, int64_t start,
+                        int64_t n) {
   const svdq_input* in = c->in;
   const int64_t width = c->weight->rank ? padded_rank(c->weight) : 0;
-  vf32 v[TILE_ROWS][VECTORS];
+  vf32 v[FINISH_ROWS][FINISH_VECTORS];
   for (int i = 0; i < rows; i++) {
     const float scale = in->bits == 8 ? in->scales[row + i] : 1;
-    for (int j = 0; j < VECTORS; j++)
-      v[i][j] = fma_f32(load_f32(sums + i * SVDQ_PANEL + j * LANES), splat(scale), load_f32(w->bias + j * LANES));
+    for (int j = 0; j < FINISH_VECTORS; j++)
+      v[i][j] = fma_f32(load_f32(sums + i * SVDQ_PANEL + n + j * LANES), splat(scale), load_f32(w->bias + n + j * LANES));
   }
 #if SVDQ_BF16_DOT
   if (c->bf16) {
     const uint16_t* low = (const uint16_t*)c->low + row * width;
     const uint32_t* up = w->up;
     for (int64_t r = 0; r < width / 2; r++) {
-      vu32 u[VECTORS];
-      for (int j = 0; j < VECTORS; j++) memcpy(&u[j], up + r * SVDQ_PANEL + j * LANES, sizeof u[j]);
+      vu32 u[FINISH_VECTORS];
+      for (int j = 0; j < FINISH_VECTORS; j++) memcpy(&u[j], up + r * SVDQ_PANEL + n + j * LANES, sizeof u[j]);
       for (int i = 0; i < rows; i++) {
         uint32_t pair;
         memcpy(&pair, low + i * width + 2 * r, 4);
-        for (int j = 0; j < VECTORS; j++) v[i][j] = dot_bf16(v[i][j], u[j], (vu32){0} + pair);
+        for (int j = 0; j < FINISH_VECTORS; j++) v[i][j] = dot_bf16(v[i][j], u[j], (vu32){0} + pair);
       }
     }
   } else
@@ -120,14 +123,17 @@ INLINE void finish_rows(const context* c, const workspace* w, const float* sums,
     const float* low = (const float*)c->low + row * width;
     for (int64_t r = 0; r < width; r++)
       for (int i = 0; i < rows; i++)
-        for (int j = 0; j < VECTORS; j++)
-          v[i][j] = fma_f32(load_f32((const float*)w->up + r * SVDQ_PANEL + j * LANES), splat(low[i * width + r]), v[i][j]);
+        for (int j = 0; j < FINISH_VECTORS; j++)
+          v[i][j] = fma_f32(load_f32((const float*)w->up + r * SVDQ_PANEL + n + j * LANES), splat(low[i * width + r]), v[i][j]);
   }
-  const int64_t valid = c->weight->outputs - start;
+  if (c->gelu)
+    for (int i = 0; i < rows; i++)
+      for (int j = 0; j < FINISH_VECTORS; j++) v[i][j] = gelu_tanh(v[i][j]);
+  const int64_t valid = c->weight->outputs - start - n;
   for (int i = 0; i < rows; i++)
-    for (int j = 0; j < VECTORS; j++)
+    for (int j = 0; j < FINISH_VECTORS; j++)
       if (j * LANES < valid)
-        store_some_from_f32(c->y, (row + i) * c->y_stride + start + j * LANES, c->y_type, v[i][j], valid - j * LANES);
+        store_results(c->y, (row + i) * c->y_stride + start + n + j * LANES, c->y_type, v[i][j], valid - j * LANES);
 }
 
 /* The product takes longer than fetching where its results will go. */
@@ -142,7 +148,8 @@ INLINE void fetch_outputs(const context* c, int64_t row, int rows, int64_t start
 /* One block of columns for rows [first, first + count); start: the first output where their sums are complete after
    this block, else -1. */
 static void multiply_rows(const context* c, const workspace* w, int64_t block, int64_t first, int64_t count, float* sums,
-                          int64_t start) {
+                          int64_t start, int64_t panel) {
+  const int64_t valid = c->weight->outputs - panel < SVDQ_PANEL ? c->weight->outputs - panel : SVDQ_PANEL;
   const svdq_input* in = c->in;
   const int64_t left = c->weight->columns - block * SVDQ_BLOCK;
   const int64_t here = left < SVDQ_BLOCK ? left : SVDQ_BLOCK;
@@ -151,6 +158,7 @@ static void multiply_rows(const context* c, const workspace* w, int64_t block, i
       .b_scale = w->scales,
       .sum_stride = in->all_rows,
       .a_stride = in->bits == 4 ? in->all_rows : 0,
+      .group = c->group,
       .groups = (int32_t)((here + c->group - 1) / c->group),
       .steps = (int32_t)(here < c->group ? (here + 3) / 4 : c->group / 4),
       .a_every = in->bits == 4 ? in->group / c->group : 1,
@@ -165,12 +173,14 @@ static void multiply_rows(const context* c, const workspace* w, int64_t block, i
     t.c = sums + row * SVDQ_PANEL;
     const int rows = count - row < TILE_ROWS ? (int)(count - row) : TILE_ROWS;
     if (start >= 0) fetch_outputs(c, at, rows, start);
+    else if (row / TILE_ROWS < valid) fetch_codes(c->weight, panel + row / TILE_ROWS, block + 1);
     tile(&t, rows);
     if (start < 0) continue;
     /* While the sums are in the first cache. */
-    if (rows == TILE_ROWS) finish_rows(c, w, t.c, at, TILE_ROWS, start);
-    else
-      for (int i = 0; i < rows; i++) finish_rows(c, w, t.c + i * SVDQ_PANEL, at + i, 1, start);
+    for (int i = 0; i < rows; i += rows - i < FINISH_ROWS ? 1 : FINISH_ROWS)
+      for (int64_t n = 0; n < SVDQ_PANEL; n += FINISH_VECTORS * LANES)
+        if (rows - i < FINISH_ROWS) finish_rows(c, w, t.c + i * SVDQ_PANEL, at + i, 1, start, n);
+        else finish_rows(c, w, t.c + i * SVDQ_PANEL, at + i, FINISH_ROWS, start, n);
   }
 }
 
@@ -188,23 +198,26 @@ static void task(void* pointer, int64_t index, int32_t worker) {
   for (int64_t n = 0; n < SVDQ_PANEL; n++)
     w.bias[n] = n < valid && weight->bias ? scalar_as_f32(weight->bias, start + n, weight->bias_type) : 0;
   if (weight->rank) pack_up(c, w.up, start, valid);
+  tile_begin(c->group);
   for (int64_t block = 0; block < blocks; block++) {
     const int last = block == blocks - 1;
     unpack_block(weight, start, valid, block, w.block);
     unpack_scales(weight, start, valid, block, c->group, w.scales);
     if (extra) {
-      multiply_rows(c, &w, block, in->rows, extra, w.extra, -1);
+      multiply_rows(c, &w, block, in->rows, extra, w.extra, -1, start);
       for (int64_t e = 0; last && e < extra; e++)
         for (int64_t n = 0; n < SVDQ_PANEL; n++) w.bias[n] += w.extra[e * SVDQ_PANEL + n] * in->scales[in->rows + e];
     }
-    multiply_rows(c, &w, block, first, count, w.sums, last ? start : -1);
+    multiply_rows(c, &w, block, first, count, w.sums, last ? start : -1, start);
   }
+  tile_end();
 }
 
-void SVDQ_NAME(multiply)(const svdq_input* in, const svdq_weight* weight, const void* low, void* y, int64_t y_stride,
-                         int32_t y_type, void* scratch) {
+void SVDQ_NAME(multiply)(const svdq_input* in, const svdq_weight* weight, const void* low, int32_t gelu, void* y,
+                         int64_t y_stride, int32_t y_type, void* scratch) {
   context c = begin(in, weight);
   c.low = low;
+  c.gelu = gelu;
   c.y = y;
   c.y_stride = y_stride;
   c.y_type = y_type;

@@ -24,13 +24,13 @@ static int64_t linear_bytes(const svdq_input* in, const svdq_weight* weight) {
   return aligned(SVDQ_NAME(low_bytes)(in, weight)) + (prepare > multiply ? prepare : multiply);
 }
 
-static void linear(svdq_input* in, const svdq_weight* weight, int32_t fresh, void* y, int64_t y_stride, int32_t y_type,
-                   void* scratch) {
+static void linear(svdq_input* in, const svdq_weight* weight, int32_t fresh, int32_t gelu, void* y, int64_t y_stride,
+                   int32_t y_type, void* scratch) {
   void* low = scratch;
   void* rest = (uint8_t*)scratch + aligned(SVDQ_NAME(low_bytes)(in, weight));
   SVDQ_NAME(input_bytes)(in);
   SVDQ_NAME(prepare)(in, fresh, weight, low, rest);
-  SVDQ_NAME(multiply)(in, weight, low, y, y_stride, y_type, rest);
+  SVDQ_NAME(multiply)(in, weight, low, gelu, y, y_stride, y_type, rest);
 }
 
 const svdq_variant SVDQ_NAME(variant) = {

@@ -9,7 +9,7 @@ typedef struct {
   int64_t (*input_bytes)(svdq_input*);
   void (*quantize)(svdq_input*, void*);
   int64_t (*quantize_bytes)(const svdq_input*);
-  void (*linear)(svdq_input*, const svdq_weight*, int32_t, void*, int64_t, int32_t, void*);
+  void (*linear)(svdq_input*, const svdq_weight*, int32_t, int32_t, void*, int64_t, int32_t, void*);
   int64_t (*linear_bytes)(const svdq_input*, const svdq_weight*);
   void (*weight_only)(const svdq_input*, const svdq_weight*, void*, int64_t, int32_t, void*);
   int64_t (*weight_only_bytes)(const svdq_input*, const svdq_weight*);

@@ -78,16 +78,12 @@ INLINE void store_some_from_f32(void* base, int64_t index, int32_t type, vf32 va
 }
 
 INLINE float e4m3_value(uint8_t code) {
-  uint32_t sign = (uint32_t)(code & 0x80) << 24, exponent = (code >> 3) & 15, mantissa = code & 7;
+  /* Its exponent and mantissa are those of a float32 that is 2^120 times too small. */
+  const uint32_t bits = (uint32_t)(code & 127) << 20;
   float value;
-  if (exponent == 0) {
-    value = (float)mantissa * 0x1p-9f;
-    return sign ? -value : value;
-  }
-  uint32_t bits = (exponent == 15 && mantissa == 7) ? 0x7fc00000u : ((exponent + 120) << 23) | (mantissa << 20);
-  bits |= sign;
   memcpy(&value, &bits, 4);
-  return value;
+  value = (code & 127) == 127 ? __builtin_nanf("") : value * 0x1p120f;
+  return code & 128 ? -value : value;
 }
 
 INLINE float scalar_as_f32(const void* base, int64_t index, int32_t type) {
@@ -98,6 +94,27 @@ INLINE float scalar_as_f32(const void* base, int64_t index, int32_t type) {
   float value;
   memcpy(&value, &bits, 4);
   return value;
+}
+
+/* e^v, to the last bits of a float32; for v of at most 88 in magnitude. */
+INLINE vf32 exponential(vf32 v) {
+  vf32 n = __builtin_elementwise_roundeven(v * 1.44269504f);
+  vf32 r = (v - n * 0.693359375f) + n * 2.12194440e-4f;
+  vf32 p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  return p * (vf32)((__builtin_convertvector(n, vi32) + 127) << 23);
+}
+
+/* x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) / 2, as x times a sigmoid. */
+INLINE vf32 gelu_tanh(vf32 x) {
+  vf32 u = x * (1 + 0.044715f * x * x) * -1.5957691216f;
+  u = __builtin_elementwise_min(__builtin_elementwise_max(u, splat(-87)), splat(87));
+  return x / (1 + exponential(u));
 }
 
 /* Additions in one fixed order: the sum of a row must not depend on what computes it. */
