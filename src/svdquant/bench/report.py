@@ -40,7 +40,7 @@ def remarks(case: Case) -> list[str]:
     """Lines below a case's table: shares and profiles."""
     lines = [
         f"{name}: {100 * share.median:.1f} % of the time "
-        f"({100 * share.lower_quartile:.1f}–{100 * share.upper_quartile:.1f} %)"
+        f"(quartiles {100 * share.lower_quartile:.1f} to {100 * share.upper_quartile:.1f} %)"
         for name, share in case.shares.items()
     ]
     for row in case.rows:

@@ -24,6 +24,7 @@ from ..checkpoint.skeleton import (
 )
 from ..config import SVDQuantConfig
 from ..errors import SVDQuantError
+from ..families import fused
 from ..nn import QUANTIZED
 from . import common
 from .on_load import GroupSolver, solving_device
@@ -41,6 +42,7 @@ def attach(model: Any, config: SVDQuantConfig) -> None:
     common.mark(model, SVDQuantQuantizer(config, pre_quantized=True))
     model.register_to_config(quantization_config=config)
     common.protect(model)
+    fused.install(model)
 
 
 class SVDQuantQuantizer(DiffusersQuantizer):
@@ -91,6 +93,8 @@ class SVDQuantQuantizer(DiffusersQuantizer):
         **_kwargs: Any,
     ) -> None:
         where = str(self._files[0].parent) if self._files else type(model).__name__
+        # Before accelerate's hooks take hold of the forwards.
+        fused.install(model)
         if self.pre_quantized:
             install_layers(model, self.quantization_config, where)
             found = self._headers(state_dict)
@@ -182,6 +186,7 @@ class SVDQuantQuantizer(DiffusersQuantizer):
     def _dequantize(self, model: Any) -> Any:
         common.dequantize_layers(model)
         common.unprotect(model)
+        fused.uninstall(model)
         model.quantization_method = None
         # A FrozenDict forgets nothing; a new one is made without the entry.
         model._internal_dict = type(model._internal_dict)(

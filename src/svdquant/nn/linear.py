@@ -171,8 +171,9 @@ class SVDQuantLinear(QuantizedMixin, nn.Linear):
         layer._init_storage(tensors.named(), dtype)
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        return svdquant_linear(x, self.tensors(), self.activations)
+    def forward(self, x: Tensor, gelu: bool = False, out: Tensor | None = None) -> Tensor:
+        """The product, or its GELU (tanh); into `out`, which is returned, where a fused forward gives one."""
+        return svdquant_linear(x, self.tensors(), self.activations, gelu, out)
 
 
 class W4A16Linear(SVDQuantLinear):
@@ -181,7 +182,7 @@ class W4A16Linear(SVDQuantLinear):
     # Published files add 1 to a modulation's bias; taken out again, it may need more bits than the model has.
     fixed = (*FIXED_DTYPE, "bias")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return w4a16_linear(x, self.qweight, self.wscales, self.bias, self.spec.weights, self.wzeros)
 
 

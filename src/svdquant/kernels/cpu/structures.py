@@ -74,6 +74,25 @@ class Weight(ctypes.Structure):
     )
 
 
+class Shape(ctypes.Structure):
+    """What the operands of an operation between products have in common."""
+
+    _fields_ = (
+        ("batch", c_int64),
+        ("rows", c_int64),
+        ("heads", c_int64),
+        ("features", c_int64),
+        ("type", c_int32),
+        ("threads", c_int32),
+    )
+
+
+class View(ctypes.Structure):
+    """Where one operand lies."""
+
+    _fields_ = (("data", c_void_p), ("batch", c_int64), ("row", c_int64), ("head", c_int64))
+
+
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "svdq_input_bytes": (c_int64, [c_void_p]),
     "svdq_quantize": (None, [c_void_p] * 2),
@@ -82,6 +101,9 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "svdq_linear_bytes": (c_int64, [c_void_p] * 2),
     "svdq_weight_only": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_void_p]),
     "svdq_weight_only_bytes": (c_int64, [c_void_p] * 2),
+    "svdq_norm_modulate": (None, [*[c_void_p] * 4, c_int64, c_float, c_void_p]),
+    "svdq_norm_rotate": (None, [*[c_void_p] * 3, c_float, *[c_void_p] * 3]),
+    "svdq_gate_add": (None, [*[c_void_p] * 3, c_int64, *[c_void_p] * 2]),
 }
 
 

@@ -64,8 +64,8 @@ INLINE vf32 dot_bf16(vf32 acc, vu32 a, vu32 b) {
 #else
 #define SVDQ_BF16_DOT 0
 #endif
-/* Codes to bfloat16 by a permutation of words. */
-#define SVDQ_BF16_CODES (SVDQ_BF16_DOT && SVDQ_WIDE)
+/* Whether there are instructions for sixteen lanes of it. */
+#define SVDQ_BF16_WIDE (SVDQ_BF16_DOT && SVDQ_WIDE)
 
 /* Added to every code, so that it is unsigned; nvfp4's values are doubled, so that they are whole. */
 INLINE int32_t code_offset(int32_t format) { return format == SVDQ_INT4 ? 8 : format == SVDQ_NVFP4 ? 12 : SVDQ_INT8_OFFSET; }
@@ -74,7 +74,7 @@ INLINE vf32 fma_f32(vf32 a, vf32 b, vf32 acc) { return __builtin_elementwise_fma
 
 /* Sixteen results; in one instruction where there is one, which takes subnormal ones for zero. */
 INLINE void store_results(void* base, int64_t index, int32_t type, vf32 value, int64_t count) {
-#if SVDQ_BF16_DOT
+#if SVDQ_BF16_WIDE
   if (type == SVDQ_BF16 && count >= LANES) {
     const __m256bh v = _mm512_cvtneps_pbh((__m512)value);
     memcpy((uint16_t*)base + index, &v, sizeof v);

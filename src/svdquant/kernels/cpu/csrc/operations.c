@@ -24,3 +24,18 @@ void svdq_weight_only(const svdq_input* input, const svdq_weight* weight, void* 
 int64_t svdq_weight_only_bytes(const svdq_input* input, const svdq_weight* weight) {
   return svdq_current()->weight_only_bytes(input, weight);
 }
+
+void svdq_norm_modulate(const svdq_shape* shape, const svdq_view* x, const float* scale, const float* shift,
+                        int64_t stride, float eps, const svdq_view* y) {
+  svdq_current()->norm_modulate(shape, x, scale, shift, stride, eps, y);
+}
+
+void svdq_norm_rotate(const svdq_shape* shape, const svdq_view* x, const float* weight, float eps, const float* cosine,
+                      const float* sine, const svdq_view* y) {
+  svdq_current()->norm_rotate(shape, x, weight, eps, cosine, sine, y);
+}
+
+void svdq_gate_add(const svdq_shape* shape, const svdq_view* residual, const float* gate, int64_t stride,
+                   const svdq_view* x, const svdq_view* y) {
+  svdq_current()->gate_add(shape, residual, gate, stride, x, y);
+}

@@ -9,11 +9,14 @@ INLINE __m256i same_quads(const int8_t* p) { int32_t four; memcpy(&four, p, 4); 
 INLINE void products_of_codes(__m256i acc[TILE_ROWS][CHUNK_QUADS], const int8_t* a, const uint8_t* b, int32_t steps, int rows) {
   const __m256i ones = _mm256_set1_epi16(1);
   _Pragma("clang loop unroll(disable)") for (int32_t k = 0; k < steps; k += 4)
-    for (int j = 0; j < CHUNK_QUADS; j++) {
+    _Pragma("clang loop unroll(full)") for (int j = 0; j < CHUNK_QUADS; j++) {
+      /* Hidden from the compiler, which would keep 16 broadcasts for the next j, and has 16 registers in all. */
+      const int8_t* codes = a + k * 4;
+      __asm__ volatile("" : "+r"(codes));
       __m256i w[4];
       for (int s = 0; s < 4; s++) w[s] = load_quads(b + ((k + s) * SVDQ_PANEL + j * QUAD) * 4);
       for (int i = 0; i < rows; i++) {
-        const int8_t* x = a + i * SVDQ_BLOCK + k * 4;
+        const int8_t* x = codes + i * SVDQ_BLOCK;
         __m256i sum = _mm256_maddubs_epi16(w[0], same_quads(x));
         for (int s = 1; s < 4; s++) sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w[s], same_quads(x + s * 4)));
         acc[i][j] = _mm256_add_epi32(acc[i][j], _mm256_madd_epi16(sum, ones));

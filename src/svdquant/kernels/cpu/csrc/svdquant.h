@@ -99,4 +99,34 @@ SVDQ_PUBLIC void svdq_weight_only(const svdq_input* input, const svdq_weight* we
                                   int32_t y_type, void* scratch);
 SVDQ_PUBLIC int64_t svdq_weight_only_bytes(const svdq_input* input, const svdq_weight* weight);
 
+/* What the operations between products share: operands [batch, rows, heads, features] of one float type. */
+typedef struct {
+  int64_t batch;
+  int64_t rows;
+  int64_t heads;
+  int64_t features;
+  int32_t type;
+  int32_t threads;
+} svdq_shape;
+
+/* One operand: elements from one batch, row and head to the next; features are contiguous. */
+typedef struct {
+  void* data;
+  int64_t batch;
+  int64_t row;
+  int64_t head;
+} svdq_view;
+
+/* y = layer_norm(x) * scale[batch] + shift[batch]; both [batch, features], stride apart. heads = 1; y may be x. */
+SVDQ_PUBLIC void svdq_norm_modulate(const svdq_shape* shape, const svdq_view* x, const float* scale, const float* shift,
+                                    int64_t stride, float eps, const svdq_view* y);
+/* rms_norm(x) * weight of every head, its pairs (2i, 2i + 1) rotated. weight [features] or NULL; cosine and sine
+   [rows, features], or both NULL; y may be x. */
+SVDQ_PUBLIC void svdq_norm_rotate(const svdq_shape* shape, const svdq_view* x, const float* weight, float eps,
+                                  const float* cosine, const float* sine, const svdq_view* y);
+/* y = residual + gate[batch] * x, float16 kept finite. gate [batch, features], stride apart; heads = 1; y may be
+   residual or x. */
+SVDQ_PUBLIC void svdq_gate_add(const svdq_shape* shape, const svdq_view* residual, const float* gate, int64_t stride,
+                               const svdq_view* x, const svdq_view* y);
+
 #endif

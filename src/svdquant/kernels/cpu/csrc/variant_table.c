@@ -8,6 +8,11 @@
 int64_t SVDQ_NAME(input_bytes)(svdq_input*);
 void SVDQ_NAME(weight_only)(const svdq_input*, const svdq_weight*, void*, int64_t, int32_t, void*);
 int64_t SVDQ_NAME(weight_only_bytes)(const svdq_input*, const svdq_weight*);
+void SVDQ_NAME(norm_modulate)(const svdq_shape*, const svdq_view*, const float*, const float*, int64_t, float,
+                              const svdq_view*);
+void SVDQ_NAME(norm_rotate)(const svdq_shape*, const svdq_view*, const float*, float, const float*, const float*,
+                            const svdq_view*);
+void SVDQ_NAME(gate_add)(const svdq_shape*, const svdq_view*, const float*, int64_t, const svdq_view*, const svdq_view*);
 
 static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -42,4 +47,7 @@ const svdq_variant SVDQ_NAME(variant) = {
     .linear_bytes = linear_bytes,
     .weight_only = SVDQ_NAME(weight_only),
     .weight_only_bytes = SVDQ_NAME(weight_only_bytes),
+    .norm_modulate = SVDQ_NAME(norm_modulate),
+    .norm_rotate = SVDQ_NAME(norm_rotate),
+    .gate_add = SVDQ_NAME(gate_add),
 };

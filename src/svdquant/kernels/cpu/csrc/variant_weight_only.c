@@ -8,7 +8,7 @@
 enum { STEP = 32, OUTPUTS_PER_TASK = 16, ROWS_PER_TASK = 96, FEW = 4, MOST_TOGETHER = 4 };
 
 /* 32 columns of codes or of x, the even ones beside the odd ones. */
-#if SVDQ_BF16_CODES
+#if SVDQ_BF16_WIDE
 typedef vu32 pairs16; /* bfloat16: one lane holds two neighbours */
 #endif
 typedef struct {
@@ -37,7 +37,7 @@ typedef struct {
 } workspace;
 
 static int64_t row_steps(const svdq_input* in) { return (in->features + STEP - 1) / STEP; }
-static int use_bf16(const svdq_input* in) { return SVDQ_BF16_CODES && in->x_type == SVDQ_BF16; }
+static int use_bf16(const svdq_input* in) { return SVDQ_BF16_WIDE && in->x_type == SVDQ_BF16; }
 
 static context begin(const svdq_input* in, const svdq_weight* weight) {
   context c = {.in = in, .weight = weight};
@@ -108,7 +108,7 @@ INLINE void store32(uint8_t* p, int64_t step, pairs32 v) {
 
 INLINE vf32 dot32(vf32 acc, pairs32 a, pairs32 b) { return fma_f32(a.odd, b.odd, fma_f32(a.even, b.even, acc)); }
 
-#if SVDQ_BF16_CODES
+#if SVDQ_BF16_WIDE
 /* The sixteen codes as bfloat16, twice: a word's index has five bits. */
 INLINE __m512i code_table(int32_t format) {
   uint16_t words[32];
@@ -193,7 +193,7 @@ INLINE vf32 two_scales(const float* scales, int64_t step) {
   FORMAT_KERNELS(WIDTH, INT4) FORMAT_KERNELS(WIDTH, UINT4) FORMAT_KERNELS(WIDTH, NVFP4) FORMAT_KERNELS(WIDTH, INT8) \
   CODED(WIDTH, 3, 4) CODED(WIDTH, 1, 4) CODED(WIDTH, 3, 1) CODED(WIDTH, 1, 1)
 
-#if SVDQ_BF16_CODES
+#if SVDQ_BF16_WIDE
 WIDTH_KERNELS(16)
 #endif
 WIDTH_KERNELS(32)
@@ -209,13 +209,13 @@ typedef struct {
 #define ROW(WIDTH, FORMAT) {direct##WIDTH##_##FORMAT##_1_4, direct##WIDTH##_##FORMAT##_1_1, expand##WIDTH##_##FORMAT}
 static const format_kernels of_format[2][4] = {
     {ROW(32, INT4), ROW(32, NVFP4), ROW(32, INT8), ROW(32, UINT4)},
-#if SVDQ_BF16_CODES
+#if SVDQ_BF16_WIDE
     {ROW(16, INT4), ROW(16, NVFP4), ROW(16, INT8), ROW(16, UINT4)},
 #endif
 };
 static const kernel coded[2][2][2] = {
     {{coded32_1_1, coded32_1_4}, {coded32_3_1, coded32_3_4}},
-#if SVDQ_BF16_CODES
+#if SVDQ_BF16_WIDE
     {{coded16_1_1, coded16_1_4}, {coded16_3_1, coded16_3_4}},
 #endif
 };

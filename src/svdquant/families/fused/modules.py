@@ -1,0 +1,112 @@
+"""Modules that many transformers of diffusers share: adaptive norms, and the GELU of a feed-forward."""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models import activations, normalization
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ...kernels import fused, svdquant_linear
+from ...nn import SVDQuantLinear
+
+
+def untouched(module: Any, cls: type) -> bool:
+    """Whether nobody would notice that `module` is not called: it is of this very class and has no hooks."""
+    if type(module) is not cls or "forward" in module.__dict__ or _has_any_global_hook():
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def takes_options(module: Any, cls: type) -> bool:
+    """Whether a call of `module` reaches the forward of `cls` with all its arguments: hooks of accelerate (offloading)
+    and diffusers (caches, group offloading) pass them on, adapters and other people's forwards need not.
+    """
+    hooked = hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
+    return type(module) is cls and (hooked or "forward" not in module.__dict__)
+
+
+def linear(layer: Any, x: Tensor, gelu: bool = False, out: Tensor | None = None) -> Tensor:
+    """layer(x), or its GELU (tanh); into `out` where given, which is returned."""
+    if takes_options(layer, SVDQuantLinear):
+        y: Tensor = layer(x, gelu=gelu, out=out)
+    else:
+        y = layer(x)
+        if gelu:
+            y = F.gelu(y, approximate="tanh")
+    return y if out is None or y is out else out.copy_(y)
+
+
+def modulated(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """norm(x)·(1 + scale) + shift for x [B, L, K]; scale, shift [B, K]."""
+    if untouched(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]:
+        return fused.norm_modulate(x, scale, shift, norm.eps, norm.weight, norm.bias)
+    y: Tensor = norm(x)
+    return y * (1 + scale[:, None]) + shift[:, None]
+
+
+class RMSNorm(nn.RMSNorm):
+    """Over heads [B, L, H, D]; rotates them and writes them to `out` where a fused attention processor asks for it."""
+
+    @wraps(nn.RMSNorm.forward)
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None = None, out: Tensor | None = None) -> Tensor:
+        if rotary is None and out is None and not (x.dim() == 4 and fused.usable(x) and self.takes(x)):
+            return super().forward(x)
+        assert self.eps is not None
+        return fused.norm_rotate(x, self.weight, self.eps, rotary, out)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether x [..., D] may be given with options."""
+        same = self.weight is None or self.weight.dtype == x.dtype
+        return same and self.eps is not None and self.normalized_shape == x.shape[-1:]
+
+
+class AdaLayerNormZero(normalization.AdaLayerNormZero):
+    @wraps(normalization.AdaLayerNormZero.forward)
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        hidden_dtype: torch.dtype | None = None,
+        emb: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        if not fused.usable(x):
+            return super().forward(x, timestep, class_labels, hidden_dtype, emb)
+        if self.emb is not None:
+            emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
+        shift, scale, *rest = self.linear(self.silu(emb)).chunk(6, dim=1)
+        return modulated(self.norm, x, scale, shift), *rest
+
+
+class AdaLayerNormZeroSingle(normalization.AdaLayerNormZeroSingle):
+    @wraps(normalization.AdaLayerNormZeroSingle.forward)
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, ...]:
+        if not fused.usable(x):
+            return super().forward(x, emb)
+        shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
+        return modulated(self.norm, x, scale, shift), gate
+
+
+class AdaLayerNormContinuous(normalization.AdaLayerNormContinuous):
+    @wraps(normalization.AdaLayerNormContinuous.forward)
+    def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
+        if not fused.usable(x):
+            return super().forward(x, conditioning_embedding)
+        scale, shift = self.linear(self.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
+        return modulated(self.norm, x, scale, shift)
+
+
+class GELU(activations.GELU):
+    @wraps(activations.GELU.forward)
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.approximate != "tanh" or not fused.usable(hidden_states):
+            return super().forward(hidden_states)
+        return linear(self.proj, hidden_states, gelu=True)
+
+
+FUSED = (RMSNorm, AdaLayerNormZero, AdaLayerNormZeroSingle, AdaLayerNormContinuous, GELU)

@@ -1,0 +1,100 @@
+"""What lies between a transformer's products, each in one pass: the definitions in plain torch, and who runs them.
+
+All compute in float32 and round once, to the type of their input. `usable` says where the compiled library does so.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import cpu, eager
+from .dispatch import device_path
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def enabled() -> bool:
+    """Whether SVDQUANT_FUSE leaves fused operations on."""
+    return os.environ.get("SVDQUANT_FUSE") != "0"
+
+
+def usable(*inputs: Tensor) -> bool:
+    """Whether the compiled library may run on these: plain tensors of one type on a CPU, no gradients, no autocast."""
+    first = inputs[0]
+    if not all(eager.is_plain(x) and x.dtype == first.dtype for x in inputs) or first.dtype not in _FLOATS:
+        return False
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not enabled():
+        return False
+    return device_path(first.device).backend == "native" and cpu.available()
+
+
+def norm_modulate(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """layer_norm(x)·(1 + scale) + shift, as AdaLN modulates.
+
+    x [B, L, K]; scale, shift [B or 1, K]; weight, bias [K]: of the normalization itself. Returns x's shape and type.
+    """
+    factor, offset = 1 + scale.float(), shift.float()
+    if bias is not None:
+        offset = offset + factor * bias.float()
+    if weight is not None:
+        factor = factor * weight.float()
+    if usable(x) and _fits(factor, x) and offset.shape == factor.shape:
+        return cpu.norm_modulate(x, factor, offset, eps)
+    y = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    return (y * factor[:, None] + offset[:, None]).to(x.dtype)
+
+
+def norm_rotate(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """rms_norm(x)·weight of every head, then its pairs (2i, 2i+1) rotated: q and k on their way to attention.
+
+    x [B, L, H, D]; weight [D]; rotary: cosines and sines [L, D], as diffusers' FLUX has them. out: a tensor like x,
+    or x itself, to be written and returned; its heads and tokens may lie anywhere, their features side by side.
+    """
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    cosine, sine = (None, None) if rotary is None else (part.to(x.device, torch.float32) for part in rotary)
+    weight = None if weight is None else weight.float()
+    fits = out.shape == x.shape and out.stride(-1) == 1 and (weight is None or weight.shape == x.shape[-1:])
+    if cosine is not None and sine is not None:
+        fits = fits and x.shape[-1] % 2 == 0 and cosine.shape == sine.shape == (x.shape[1], x.shape[3])
+    if usable(x, out) and fits:
+        cpu.norm_rotate(x, weight, eps, cosine, sine, out)
+        return out
+    y = F.rms_norm(x.float(), x.shape[-1:], weight, eps)
+    if cosine is not None and sine is not None:
+        real, imaginary = y.unflatten(-1, (-1, 2)).unbind(-1)
+        y = y * cosine[:, None] + torch.stack([-imaginary, real], dim=-1).flatten(-2) * sine[:, None]
+    return out.copy_(y)
+
+
+def gate_add(residual: Tensor, gate: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """residual + gate·x; in float16 what is out of range becomes the largest number, as diffusers has it.
+
+    residual, x [B, L, K]; gate [B or 1, K]. out: a tensor like x, residual or x themselves, to be written and returned.
+    """
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    gate = gate.float()
+    alike = x.shape == residual.shape == out.shape and out.stride(-1) == 1
+    if usable(x, residual, out) and alike and _fits(gate, x):
+        cpu.gate_add(residual, gate, x, out)
+        return out
+    y = residual.float() + gate[:, None] * x.float()
+    return out.copy_(y.clamp(-65504, 65504) if x.dtype == torch.float16 else y)
+
+
+def _fits(modulation: Tensor, x: Tensor) -> bool:
+    """Whether `modulation` is [B or 1, K] for x [B, L, K]."""
+    if x.dim() != 3 or modulation.dim() != 2 or modulation.device != x.device:
+        return False
+    return modulation.shape[0] in (1, x.shape[0]) and modulation.shape[1] == x.shape[2]
