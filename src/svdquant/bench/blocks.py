@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LayerSpec, SVDQuantConfig
+from ..families import fused
 from ..nn import SVDQuantLinear, make_layer, quantized_layers, replace_module
 from ..nn.linear import empty_tensors
 from ..numerics import FORMATS, SVDQuantTensors, relative_error
@@ -177,6 +178,7 @@ def _quantized(block: nn.Module, prefix: str, plan: Plan, dtype: torch.dtype) ->
         module.to_empty(device="cpu", recurse=False)
         for parameter in module.parameters(recurse=False):
             parameter.data = torch.ones_like(parameter, dtype=dtype)
+    fused.install(made)
     return made.eval()
 
 

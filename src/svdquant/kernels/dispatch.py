@@ -87,6 +87,9 @@ def svdquant_linear(
     if x.shape[-1] != tensors.in_features:
         raise SVDQuantError(f"input has {x.shape[-1]} features, the layer takes {tensors.in_features}")
     t = tensors
+    if out is not None and (out.shape != (*x.shape[:-1], t.out_features) or out.dtype != x.dtype):
+        wanted = f"{[*x.shape[:-1], t.out_features]} {x.dtype}"
+        raise SVDQuantError(f"out is {list(out.shape)} {out.dtype}, the result {wanted}")
     activations = resolve_activations(activations, t.spec, x.device)
     if eager.is_plain(x) and _backend(x.device) == "native" and cpu.supports(t, activations, x.dtype):
         rows = None if out is None else _as_rows(out, x)

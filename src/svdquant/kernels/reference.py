@@ -25,7 +25,7 @@ ACTIVATION_GROUP = {"int4": 64, "nvfp4": 16}
 
 def shift_vector(spec: LayerSpec, in_features: int, device: torch.device) -> Tensor:
     """float32 [K]: what is added to x before 4-bit codes; zero outside `spec.unsigned`."""
-    shift = torch.zeros(in_features, device=device)
+    shift = torch.zeros(in_features, device=device, dtype=torch.float32)
     for start, stop in spec.unsigned:
         shift[start:stop] = GELU_SHIFT
     return shift

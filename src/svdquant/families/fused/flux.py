@@ -30,56 +30,59 @@ class FluxAttnProcessor(transformer_flux.FluxAttnProcessor):
         attention_mask: Tensor | None = None,
         image_rotary_emb: Rotary | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        if not self._can_fuse(attn, hidden_states, encoder_hidden_states):
+        heads = None
+        if self._parallel_config is None:
+            heads = joint_heads(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        if heads is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-        streams = [(hidden_states, attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)]
-        if encoder_hidden_states is not None:
-            added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k)
-            streams.insert(0, (encoder_hidden_states, *added))
-        tokens = [stream[0].shape[1] for stream in streams]
-        q, k, v = (hidden_states.new_empty(len(hidden_states), sum(tokens), attn.inner_dim) for _ in range(3))
-        parts = [t.split_with_sizes(tokens, dim=1) for t in (q, k, v)]
-        tables = _split(image_rotary_emb, tokens)
-        for (x, to_q, to_k, to_v, norm_q, norm_k), q_part, k_part, v_part, rotary in zip(
-            streams, *parts, tables, strict=True
-        ):
-            for layer, norm, part in ((to_q, norm_q, q_part), (to_k, norm_k, k_part)):
-                heads = linear(layer, x, out=part).unflatten(-1, (-1, attn.head_dim))
-                y = norm(heads, rotary=rotary, out=heads)
-                if y is not heads:
-                    heads.copy_(y)
-            linear(to_v, x, out=v_part)
         y = dispatch_attention_fn(
-            *(t.unflatten(-1, (-1, attn.head_dim)) for t in (q, k, v)),
+            *heads,
             attn_mask=attention_mask,
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
-        y = y.flatten(2, 3).to(q.dtype)
+        y = y.flatten(2, 3).to(hidden_states.dtype)
         if encoder_hidden_states is None:
             return y
-        text, image = y.split_with_sizes(tokens, dim=1)
-        return attn.to_out[1](attn.to_out[0](image.contiguous())), attn.to_add_out(text.contiguous())
-
-    def _can_fuse(self, attn: Any, x: Tensor, text: Tensor | None) -> bool:
-        if self._parallel_config is not None or attn.fused_projections or not fused.usable(x):
-            return False
-        norms = [attn.norm_q, attn.norm_k]
-        if text is not None:
-            if attn.added_kv_proj_dim is None or not fused.usable(x, text):
-                return False
-            norms += [attn.norm_added_q, attn.norm_added_k]
-        elif attn.added_kv_proj_dim is not None:
-            return False
-        return all(takes_options(norm, RMSNorm) and norm.takes(x[..., : attn.head_dim]) for norm in norms)
+        text = encoder_hidden_states.shape[1]
+        image = attn.to_out[1](attn.to_out[0](y[:, text:].contiguous()))
+        return image, attn.to_add_out(y[:, :text].contiguous())
 
 
-def _split(rotary: Rotary | None, tokens: list[int]) -> list[Rotary | None]:
-    """Cosines and sines of each stream."""
-    if rotary is None:
-        return [None] * len(tokens)
-    cosine, sine = rotary
-    return list(zip(cosine.split_with_sizes(tokens), sine.split_with_sizes(tokens), strict=True))
+def joint_heads(
+    attn: Any, x: Tensor, text: Tensor | None, rotary: Rotary | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """q, k and v [B, T, H, D] of text and image tokens, normalized and rotated; None where diffusers has to do it.
+
+    x [B, T', K]; text [B, T - T', K] comes first; rotary: cosines and sines [T, D].
+    """
+    streams = [(x, attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)]
+    if text is not None and attn.added_kv_proj_dim is not None:
+        added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k)
+        streams.insert(0, (text, *added))
+    whole = (text is None) == (attn.added_kv_proj_dim is None) and not attn.fused_projections
+    if not whole or not fused.usable(*(stream[0] for stream in streams)):
+        return None
+    norms = [norm for stream in streams for norm in stream[4:]]
+    if not all(takes_options(norm, RMSNorm) and norm.takes(x[..., : attn.head_dim]) for norm in norms):
+        return None
+    tokens = [stream[0].shape[1] for stream in streams]
+    q, k, v = (
+        x.new_empty(x.shape[0], sum(tokens), attn.inner_dim).unflatten(-1, (-1, attn.head_dim)) for _ in range(3)
+    )
+    parts = [t.split_with_sizes(tokens, dim=1) for t in (q, k, v)]
+    tables = (
+        [None] * len(streams) if rotary is None else zip(*(t.split_with_sizes(tokens) for t in rotary), strict=True)
+    )
+    for stream, q_part, k_part, v_part, table in zip(streams, *parts, tables, strict=True):
+        x, to_q, to_k, to_v, norm_q, norm_k = stream
+        for layer, norm, part in ((to_q, norm_q, q_part), (to_k, norm_k, k_part)):
+            linear(layer, x, out=part.flatten(2))
+            y = norm(part, rotary=table, out=part)
+            if y is not part:
+                part.copy_(y)
+        linear(to_v, x, out=v_part.flatten(2))
+    return q, k, v
 
 
 class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):

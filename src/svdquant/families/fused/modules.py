@@ -11,15 +11,14 @@ from diffusers.models import activations, normalization
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from ...kernels import fused, svdquant_linear
+from ...kernels import fused
 from ...nn import SVDQuantLinear
 
 
 def untouched(module: Any, cls: type) -> bool:
     """Whether nobody would notice that `module` is not called: it is of this very class and has no hooks."""
-    if type(module) is not cls or "forward" in module.__dict__ or _has_any_global_hook():
-        return False
-    return not (module._forward_hooks or module._forward_pre_hooks)
+    hooked = module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook()
+    return type(module) is cls and "forward" not in module.__dict__ and not hooked
 
 
 def takes_options(module: Any, cls: type) -> bool:

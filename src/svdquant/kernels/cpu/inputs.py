@@ -22,12 +22,12 @@ SCRATCH_LIMIT = 32 << 20
 
 
 def new_bytes(count: int) -> Tensor:
-    return torch.empty(count, dtype=torch.uint8)
+    return torch.empty(count, dtype=torch.uint8, device="cpu")
 
 
 def plain(t: Tensor) -> Tensor:
     """Contiguous, and of a type that the library reads."""
-    return (t if t.dtype in TYPES else t.float()).contiguous()
+    return (t if t.dtype in TYPES else t.float()).resolve_neg().contiguous()
 
 
 def check_shape(name: str, t: Tensor | None, *expected: tuple[int, ...]) -> None:
@@ -126,10 +126,11 @@ def take(x: Tensor, spec: LayerSpec, smooth: Tensor | None, activations: str, op
     kind = (r.rows, r.features, r.columns, r.x_type, r.bits, r.group, r.sum_group, r.smooth_type, r.rotate, r.format)
     made.kind = (*kind, smooth is None, spec.unsigned)
     last: _Last | None = _threads.__dict__.pop("last", None)
-    if last is not None and last.made is not None and last.made.kind == made.kind:
-        made.buffer, made.filled = last.made.buffer, True
+    before = None if last is None else last.made
+    if before is not None and before.kind == made.kind:
+        made.buffer, made.filled = before.buffer, True
     else:
-        last = None  # frees its codes before others are made
+        last = before = None  # frees its codes before others are made
         made.buffer = new_bytes(operations.svdq_input_bytes(byref(r)))
     assert made.buffer is not None
     r.buffer = made.buffer.data_ptr()

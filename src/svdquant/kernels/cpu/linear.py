@@ -16,6 +16,8 @@ from .inputs import SCRATCH_LIMIT, Quantized, check_shape, describe, give_back, 
 from .structures import BLOCK, FORMATS, TYPES, UNSIGNED_INT4, Weight, declare
 
 _GROUPS = (16, 32, 64, 128, 256)
+# Multiplications that one thread makes in some microseconds.
+_ALONE = 1 << 21
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -113,19 +115,21 @@ def _check(t: SVDQuantTensors, rank: int) -> None:
 def _addresses(t: SVDQuantTensors) -> tuple[Any, ...]:
     """What a weight's record was made from; another one has other addresses or types."""
     parts = (t.qweight, t.wscales, t.wcscales, t.proj_down, t.proj_up, t.bias, t.wzeros)
-    return tuple(None if p is None else (p.data_ptr(), p.dtype, p.shape, p.is_contiguous()) for p in parts)
+    return tuple(
+        None if p is None else (p.data_ptr(), p.dtype, p.shape, p.is_contiguous() and not p.is_neg()) for p in parts
+    )
 
 
 def _weight(tensors: SVDQuantTensors) -> tuple[Weight, tuple[Tensor, ...]]:
     """`describe_weight`, remembered by the tensors while they stay where they are."""
     addresses = _addresses(tensors)
     known = tensors.memory.get("cpu")
-    if known is not None and known[0] == addresses:
+    if known is not None and known[0] == addresses and known[2] is tensors.spec:
         return known[1], ()
     weight, kept = describe_weight(tensors)
     # A copy that had to be made dies with this call, so its address must not be remembered.
     if all(part is None or (part[3] and part[1] != torch.float64) for part in addresses):
-        tensors.memory["cpu"] = (addresses, weight)
+        tensors.memory["cpu"] = (addresses, weight, tensors.spec)
     return weight, kept
 
 
@@ -139,6 +143,11 @@ def _part(rows: int, bytes_per_row: int) -> int:
     """Rows at a time, in equal parts that keep to `SCRATCH_LIMIT`."""
     most = max(SCRATCH_LIMIT // bytes_per_row, 1)
     return -(-rows // -(-rows // most)) if rows else 1
+
+
+def _threads(products: int) -> int:
+    """Waking threads takes longer than a small product, on a busy machine by far. The bits do not depend on it."""
+    return 1 if products < _ALONE else torch.get_num_threads()
 
 
 def quantize(x: Tensor, spec: LayerSpec, smooth: Tensor | None, activations: str) -> Quantized:
@@ -163,6 +172,7 @@ def svdquant_linear(
     for start in range(0, x.shape[0], part):
         rows, out = (x, y) if part >= x.shape[0] else (x[start : start + part], y[start : start + part])
         made = take(rows, tensors.spec, tensors.smooth_factor, activations, ops)
+        made.record.threads = _threads(rows.shape[0] * weight.columns * weight.outputs)
         record = byref(made.record)
         scratch = new_bytes(ops.svdq_linear_bytes(record, byref(weight)))
         ops.svdq_linear(
@@ -196,6 +206,7 @@ def w4a16_linear(
     for start in range(0, x.shape[0], part):
         rows, out = x[start : start + part], y[start : start + part]
         made = describe(rows, spec, None, "int8", None)
+        made.record.threads = _threads(rows.shape[0] * columns * y.shape[1])
         scratch = new_bytes(ops.svdq_weight_only_bytes(byref(made.record), byref(weight)))
         ops.svdq_weight_only(
             byref(made.record), byref(weight), out.data_ptr(), out.stride(0), TYPES[out.dtype], scratch.data_ptr()

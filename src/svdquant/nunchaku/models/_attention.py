@@ -13,6 +13,8 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from torch import Tensor, nn
 
 from ...errors import SVDQuantError
+from ...families import fused
+from ...families.fused.flux import joint_heads
 
 IMPLEMENTATIONS = ("flashattn2", "nunchaku-fp16", "custom")
 _ALIASES = {"": "flashattn2", "default": "flashattn2"}
@@ -39,23 +41,11 @@ class FluxFunctionProcessor(ABC):
         if attention_mask is not None:
             raise SVDQuantError("this attention implementation takes no mask; call set_attention_impl('flashattn2')")
 
-        def heads(linear: nn.Module, x: Tensor, norm: nn.Module | None = None) -> Tensor:
-            y = linear(x).unflatten(-1, (attn.heads, -1))
-            return y if norm is None else norm(y)
-
-        q = heads(attn.to_q, hidden_states, attn.norm_q)
-        k = heads(attn.to_k, hidden_states, attn.norm_k)
-        v = heads(attn.to_v, hidden_states)
-        text = 0
-        if encoder_hidden_states is not None:
-            text = encoder_hidden_states.shape[1]
-            q = torch.cat([heads(attn.add_q_proj, encoder_hidden_states, attn.norm_added_q), q], dim=1)
-            k = torch.cat([heads(attn.add_k_proj, encoder_hidden_states, attn.norm_added_k), k], dim=1)
-            v = torch.cat([heads(attn.add_v_proj, encoder_hidden_states), v], dim=1)
-        if image_rotary_emb is not None:
-            q = apply_rotary_emb(q, image_rotary_emb, sequence_dim=1)
-            k = apply_rotary_emb(k, image_rotary_emb, sequence_dim=1)
-        y = self.attend(q, k, v).flatten(2).to(q.dtype)
+        heads = joint_heads(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        if heads is None:
+            heads = _joint_heads(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        text = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+        y = self.attend(*heads).flatten(2).to(hidden_states.dtype)
         if encoder_hidden_states is None:
             return y
         image = attn.to_out[1](attn.to_out[0](y[:, text:].contiguous()))
@@ -64,6 +54,25 @@ class FluxFunctionProcessor(ABC):
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v [B, T, H, D] to [B, T, H, D]."""
+
+
+def _joint_heads(
+    attn: Any, image: Tensor, text: Tensor | None, rotary: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the fused `joint_heads` returns, by the modules themselves."""
+
+    def project(linear: nn.Module, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        y = linear(x).unflatten(-1, (attn.heads, -1))
+        return y if norm is None else norm(y)
+
+    q, k, v = project(attn.to_q, image, attn.norm_q), project(attn.to_k, image, attn.norm_k), project(attn.to_v, image)
+    if text is not None:
+        q = torch.cat([project(attn.add_q_proj, text, attn.norm_added_q), q], dim=1)
+        k = torch.cat([project(attn.add_k_proj, text, attn.norm_added_k), k], dim=1)
+        v = torch.cat([project(attn.add_v_proj, text), v], dim=1)
+    if rotary is not None:
+        q, k = (apply_rotary_emb(t, rotary, sequence_dim=1) for t in (q, k))
+    return q, k, v
 
 
 class Float16Processor(FluxFunctionProcessor):
@@ -135,6 +144,7 @@ class FluxAttentionMethods:
                 # On the processors alone: the model's set_attention_backend would also change every other model's.
                 processor._attention_backend = _backend(backend)
                 module.set_processor(processor)
+        fused.install(model)
 
 
 def _backend(name: str) -> Any:

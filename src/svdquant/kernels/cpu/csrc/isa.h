@@ -39,7 +39,7 @@
 enum { DOT_ROWS = 6, DOT_COLUMNS = 4, TILE_ROWS = SVDQ_AMX ? 16 : 3, FINISH_ROWS = 3, FINISH_VECTORS = 4 };
 #elif defined(__x86_64__)
 #include <immintrin.h>
-enum { DOT_ROWS = 2, DOT_COLUMNS = 2, TILE_ROWS = SVDQ_NARROW_VNNI ? 6 : 4, FINISH_ROWS = TILE_ROWS, FINISH_VECTORS = 1 };
+enum { DOT_ROWS = 2, DOT_COLUMNS = 2, TILE_ROWS = 6, FINISH_ROWS = TILE_ROWS, FINISH_VECTORS = 1 };
 #else
 #include <arm_neon.h>
 enum { DOT_ROWS = 2, DOT_COLUMNS = 2, TILE_ROWS = SVDQ_ARM_MATRICES ? 8 : 4, FINISH_ROWS = 4, FINISH_VECTORS = 1 };
@@ -75,9 +75,9 @@ INLINE vf32 fma_f32(vf32 a, vf32 b, vf32 acc) { return __builtin_elementwise_fma
 /* Sixteen results; in one instruction where there is one, which takes subnormal ones for zero. */
 INLINE void store_results(void* base, int64_t index, int32_t type, vf32 value, int64_t count) {
 #if SVDQ_BF16_WIDE
-  if (type == SVDQ_BF16 && count >= LANES) {
+  if (type == SVDQ_BF16) {
     const __m256bh v = _mm512_cvtneps_pbh((__m512)value);
-    memcpy((uint16_t*)base + index, &v, sizeof v);
+    memcpy((uint16_t*)base + index, &v, count >= LANES ? (int64_t)sizeof v : count * 2);
     return;
   }
 #endif

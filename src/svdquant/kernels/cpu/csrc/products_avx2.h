@@ -5,23 +5,28 @@ INLINE __m256i load_quads(const uint8_t* p) { return _mm256_loadu_si256((const _
 INLINE __m256i same_quads(const int8_t* p) { int32_t four; memcpy(&four, p, 4); return _mm256_set1_epi32(four); }
 
 #if !SVDQ_NARROW_VNNI
-/* Sums of two products have 16 bits, so do sums of eight where weight codes have 5 (8 x 24 x 127 < 2^15): widened once. */
+/* Sums of two products have 16 bits, so do sums of eight where weight codes have 5 (8 x 24 x 127 < 2^15): those stay in
+   registers, and the sums of 32 bits in memory. */
 INLINE void products_of_codes(__m256i acc[TILE_ROWS][CHUNK_QUADS], const int8_t* a, const uint8_t* b, int32_t steps, int rows) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  _Pragma("clang loop unroll(disable)") for (int32_t k = 0; k < steps; k += 4)
-    _Pragma("clang loop unroll(full)") for (int j = 0; j < CHUNK_QUADS; j++) {
-      /* Hidden from the compiler, which would keep 16 broadcasts for the next j, and has 16 registers in all. */
-      const int8_t* codes = a + k * 4;
-      __asm__ volatile("" : "+r"(codes));
-      __m256i w[4];
-      for (int s = 0; s < 4; s++) w[s] = load_quads(b + ((k + s) * SVDQ_PANEL + j * QUAD) * 4);
+  _Pragma("clang loop unroll(disable)") for (int32_t k = 0; k < steps; k += 4) {
+    __m256i sum[TILE_ROWS][CHUNK_QUADS];
+    _Pragma("clang loop unroll(full)") for (int s = 0; s < 4; s++) {
+      __m256i w[CHUNK_QUADS];
+      for (int j = 0; j < CHUNK_QUADS; j++) w[j] = load_quads(b + ((k + s) * SVDQ_PANEL + j * QUAD) * 4);
       for (int i = 0; i < rows; i++) {
-        const int8_t* x = codes + i * SVDQ_BLOCK;
-        __m256i sum = _mm256_maddubs_epi16(w[0], same_quads(x));
-        for (int s = 1; s < 4; s++) sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w[s], same_quads(x + s * 4)));
-        acc[i][j] = _mm256_add_epi32(acc[i][j], _mm256_madd_epi16(sum, ones));
+        const __m256i x = same_quads(a + i * SVDQ_BLOCK + (k + s) * 4);
+        for (int j = 0; j < CHUNK_QUADS; j++) {
+          const __m256i two = _mm256_maddubs_epi16(w[j], x);
+          sum[i][j] = s ? _mm256_add_epi16(sum[i][j], two) : two;
+          /* Else clang adds in another order, for which the registers do not suffice. */
+          __asm__("" : "+x"(sum[i][j]));
+        }
       }
     }
+    for (int i = 0; i < rows; i++)
+      for (int j = 0; j < CHUNK_QUADS; j++)
+        acc[i][j] = _mm256_add_epi32(acc[i][j], _mm256_madd_epi16(sum[i][j], _mm256_set1_epi16(1)));
+  }
 }
 #endif
 

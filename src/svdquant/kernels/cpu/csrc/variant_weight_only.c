@@ -1,19 +1,12 @@
 /* y = x Wᵀ + b, weights quantized, x not: few rows, so it is reading the weights that takes the time.
 
-   Every output is a dot product of sixteen partial sums: codes times x within a group, then the group's scale. The order
-   of additions is that of the columns, however many rows there are. */
+   64 bytes of a row are one step: 128 codes of 4 bits or 64 of 8. Lane i of every vector holds columns that lie side by
+   side, its part of the 64 bytes; x is arranged once so that plane q of a step has each lane's q-th column. A step's
+   sums are multiplied by the scales of their lanes and added; the order is that of the columns, however many rows. */
 #include "isa.h"
 #include "parallel.h"
 
-enum { STEP = 32, OUTPUTS_PER_TASK = 16, ROWS_PER_TASK = 96, FEW = 4, MOST_TOGETHER = 4 };
-
-/* 32 columns of codes or of x, the even ones beside the odd ones. */
-#if SVDQ_BF16_WIDE
-typedef vu32 pairs16; /* bfloat16: one lane holds two neighbours */
-#endif
-typedef struct {
-  vf32 even, odd;
-} pairs32;
+enum { STEP_BYTES = 64, OUTPUTS_PER_TASK = 16, ROWS_PER_TASK = 96, FEW = 4, TOGETHER = 4 };
 
 typedef struct {
   const svdq_input* in;
@@ -22,31 +15,34 @@ typedef struct {
   int64_t y_stride;
   int32_t y_type;
   int32_t bf16;
-  int64_t steps;      /* of a row */
-  int64_t group;      /* steps that share a scale, 0 = 16 columns do */
-  const uint8_t* x;   /* [rows][steps * STEP], arranged */
-  int64_t x_bytes;    /* from row to row */
-  float* x_sums;      /* [rows][groups], where there are zero points */
+  int32_t planes;
+  int64_t step;     /* columns */
+  int64_t steps;    /* of a row */
+  int64_t lanes;    /* that share a scale; LANES where a step does */
+  const uint8_t* x; /* [rows][steps][planes][64 bytes] */
+  int64_t x_bytes;  /* from row to row */
+  float* x_sums;    /* [rows][groups], where there are zero points */
   uint8_t* scratch;
   int64_t scratch_bytes;
 } context;
 
 typedef struct {
-  float* scales; /* [MOST_TOGETHER][groups + 1] */
+  float* scales; /* [TOGETHER][scale_stride] */
   uint8_t* codes;
 } workspace;
 
-static int64_t row_steps(const svdq_input* in) { return (in->features + STEP - 1) / STEP; }
-static int use_bf16(const svdq_input* in) { return SVDQ_BF16_WIDE && in->x_type == SVDQ_BF16; }
+static int64_t scale_stride(const svdq_weight* weight) { return weight->groups + LANES; }
 
 static context begin(const svdq_input* in, const svdq_weight* weight) {
   context c = {.in = in, .weight = weight};
-  c.bf16 = use_bf16(in);
-  c.steps = row_steps(in);
-  c.group = weight->group == 0 ? c.steps : weight->group / STEP;
-  c.x_bytes = c.steps * STEP * (c.bf16 ? 2 : 4);
-  c.scratch_bytes = MOST_TOGETHER * ((weight->groups + LANES) * (int64_t)sizeof(float) + c.x_bytes);
-  c.scratch_bytes = (c.scratch_bytes + 63) / 64 * 64;
+  const int bytes = weight->format == SVDQ_INT8;
+  c.bf16 = SVDQ_BF16_WIDE && in->x_type == SVDQ_BF16 && !bytes;
+  c.planes = bytes || c.bf16 ? 4 : 8;
+  c.step = bytes ? STEP_BYTES : 2 * STEP_BYTES;
+  c.steps = (in->features + c.step - 1) / c.step;
+  c.lanes = weight->group && weight->group < c.step ? weight->group / (c.step / LANES) : LANES;
+  c.x_bytes = c.steps * c.planes * 64;
+  c.scratch_bytes = (TOGETHER * (scale_stride(weight) * (int64_t)sizeof(float) + c.x_bytes) + 63) / 64 * 64;
   return c;
 }
 
@@ -65,158 +61,153 @@ INLINE vi32 signed_code(vu32 nibbles, int32_t format) {
   return (value ^ negative) - negative;
 }
 
-INLINE vu32 load_bytes(const svdq_weight* w, int64_t output, int64_t step, int64_t count) {
-  const uint8_t* p = w->qweight + output * w->row_bytes + step * count;
-  uint8_t buffer[STEP];
-  if (__builtin_expect((step + 1) * count > w->row_bytes, 0)) {
-    memset(buffer, 0, sizeof buffer);
-    memcpy(buffer, p, w->row_bytes - step * count);
-    p = buffer;
+/* One step of a row; what lies behind the row's end meets an x of zero. */
+INLINE vu32 load_raw(const uint8_t* row, int64_t step, int64_t row_bytes) {
+  vu32 v;
+  if (__builtin_expect((step + 1) * STEP_BYTES <= row_bytes, 1)) {
+    memcpy(&v, row + step * STEP_BYTES, sizeof v);
+    return v;
   }
-  if (count == STEP) {
-    vu16 v;
-    memcpy(&v, p, sizeof v);
-    return __builtin_convertvector(v, vu32);
-  }
-  vu8 v;
-  memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, vu32);
+  uint8_t buffer[STEP_BYTES] = {0};
+  memcpy(buffer, row + step * STEP_BYTES, row_bytes - step * STEP_BYTES);
+  memcpy(&v, buffer, sizeof v);
+  return v;
 }
 
-INLINE pairs32 decode32(const svdq_weight* w, int64_t output, int64_t step, int32_t format) {
-  vi32 even, odd;
-  if (format == SVDQ_INT8) {
-    const vu32 v = load_bytes(w, output, step, STEP);
-    even = (vi32)(v << 24) >> 24;
-    odd = (vi32)(v << 16) >> 24;
-  } else {
-    const vu32 v = load_bytes(w, output, step, STEP / 2);
-    even = signed_code(v & 15, format);
-    odd = signed_code(v >> 4, format);
-  }
-  return (pairs32){__builtin_convertvector(even, vf32), __builtin_convertvector(odd, vf32)};
+/* The scales of a step's lanes. */
+INLINE vf32 lane_scales(const float* scales, int64_t step, int64_t columns, int64_t group, int64_t lanes) {
+  if (lanes == LANES) return splat(scales[group ? step * columns / group : 0]);
+  const vf32 v = load_f32(scales + step * (LANES / lanes));
+  if (lanes == 8) return __builtin_shufflevector(v, v, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  if (lanes == 4) return __builtin_shufflevector(v, v, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return __builtin_shufflevector(v, v, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
 }
 
-INLINE pairs32 load32(const uint8_t* p, int64_t step) {
-  return (pairs32){load_f32((const float*)p + step * STEP), load_f32((const float*)p + step * STEP + LANES)};
+/* Float32 planes. */
+typedef vf32 plane32;
+INLINE plane32 load32(const uint8_t* p) { return load_f32((const float*)p); }
+INLINE plane32 decode32(vu32 raw, int q, int32_t format) {
+  if (format == SVDQ_INT8) return __builtin_convertvector((vi32)(raw << (24 - 8 * q)) >> 24, vf32);
+  return __builtin_convertvector(signed_code((raw >> (4 * q)) & 15, format), vf32);
 }
-
-INLINE void store32(uint8_t* p, int64_t step, pairs32 v) {
-  store_f32((float*)p + step * STEP, v.even);
-  store_f32((float*)p + step * STEP + LANES, v.odd);
-}
-
-INLINE vf32 dot32(vf32 acc, pairs32 a, pairs32 b) { return fma_f32(a.odd, b.odd, fma_f32(a.even, b.even, acc)); }
+INLINE vf32 dot32(vf32 acc, plane32 w, plane32 x) { return fma_f32(w, x, acc); }
 
 #if SVDQ_BF16_WIDE
-/* The sixteen codes as bfloat16, twice: a word's index has five bits. */
+/* Planes of 32 bfloat16, two columns to a lane. */
+typedef vu32 plane16;
+INLINE plane16 load16(const uint8_t* p) { vu32 v; memcpy(&v, p, sizeof v); return v; }
+
+/* The sixteen codes as bfloat16, twice: an index has five bits, and the fifth is the next code's. */
 INLINE __m512i code_table(int32_t format) {
   uint16_t words[32];
   for (uint32_t i = 0; i < 32; i++) {
-    const vf32 value = __builtin_convertvector(signed_code((vu32){0} + (i & 15), format), vf32);
+    const float value = (float)signed_code((vu32){0} + (i & 15), format)[0];
     uint32_t bits;
-    float first = value[0];
-    memcpy(&bits, &first, 4);
+    memcpy(&bits, &value, 4);
     words[i] = (uint16_t)(bits >> 16);
   }
   return _mm512_loadu_si512(words);
 }
 
-INLINE pairs16 decode16(const svdq_weight* w, int64_t output, int64_t step, int32_t format) {
-  if (format == SVDQ_INT8) {
-    const pairs32 v = decode32(w, output, step, format);
-    return (vu32)v.even >> 16 | ((vu32)v.odd & 0xffff0000u);
-  }
-  const vu32 v = load_bytes(w, output, step, STEP / 2);
-  return (vu32)_mm512_permutexvar_epi16((__m512i)((v | v << 12) & 0x000f000f), code_table(format));
+INLINE plane16 decode16(vu32 raw, int q, int32_t format) {
+  return (vu32)_mm512_permutexvar_epi16(_mm512_srli_epi16((__m512i)raw, 4 * q), code_table(format));
 }
-
-INLINE pairs16 load16(const uint8_t* p, int64_t step) { vu32 v; memcpy(&v, p + step * sizeof v, sizeof v); return v; }
-INLINE void store16(uint8_t* p, int64_t step, pairs16 v) { memcpy(p + step * sizeof v, &v, sizeof v); }
+INLINE vf32 dot16(vf32 acc, plane16 w, plane16 x) { return dot_bf16(acc, w, x); }
 #endif
 
-/* The scale of a step where 16 columns share one: two in a step. */
-INLINE vf32 two_scales(const float* scales, int64_t step) {
-  const vi32 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return choose(lane < 8, splat(scales[2 * step]), splat(scales[2 * step + 1]));
-}
+#define PLANES(WIDTH, FORMAT) ((WIDTH) == 16 || (FORMAT) == SVDQ_INT8 ? 4 : 8)
 
-/* rows of x with `outputs` rows of weights; DECODE(output index, step) fetches 32 columns of a weight. */
-#define PRODUCTS(PAIRS, LOAD, DOT, DECODE)                                                                         \
-  vf32 acc[rows][outputs];                                                                                         \
-  for (int i = 0; i < rows; i++)                                                                                   \
-    for (int j = 0; j < outputs; j++) acc[i][j] = splat(0);                                                        \
-  const int64_t group = c->group ? c->group : 1;                                                                   \
-  for (int64_t first = 0, g = 0; first < c->steps; first += group, g++) {                                          \
-    const int64_t last = first + group < c->steps ? first + group : c->steps;                                      \
-    vf32 part[rows][outputs];                                                                                      \
-    for (int i = 0; i < rows; i++)                                                                                 \
-      for (int j = 0; j < outputs; j++) part[i][j] = splat(0);                                                     \
-    for (int64_t s = first; s < last; s++) {                                                                       \
-      PAIRS w[outputs];                                                                                            \
-      for (int j = 0; j < outputs; j++) w[j] = DECODE;                                                             \
-      for (int i = 0; i < rows; i++) {                                                                             \
-        const PAIRS x = LOAD(xs + i * c->x_bytes, s);                                                              \
-        for (int j = 0; j < outputs; j++) part[i][j] = DOT(part[i][j], w[j], x);                                   \
-      }                                                                                                            \
-    }                                                                                                              \
-    for (int j = 0; j < outputs; j++) {                                                                            \
-      const float* scales = ws->scales + j * (c->weight->groups + 1);                                              \
-      const vf32 scale = c->group ? splat(scales[g]) : two_scales(scales, first);                                  \
-      for (int i = 0; i < rows; i++) acc[i][j] = fma_f32(part[i][j], scale, acc[i][j]);                            \
-    }                                                                                                              \
-  }                                                                                                                \
-  for (int i = 0; i < rows; i++)                                                                                   \
-    for (int j = 0; j < outputs; j++) out[i * MOST_TOGETHER + j] = sum_lanes(acc[i][j]);
+/* `rows` rows of x with `outputs` rows of weights: straight from their bytes where there is one row of x, else from
+   planes that were decoded before. */
+#define KERNEL(NAME, WIDTH, FORMAT, ROWS, OUTPUTS, DIRECT)                                                             \
+  static __attribute__((noinline)) void NAME(const context* c, const workspace* ws, const uint8_t* xs, int64_t output, \
+                                             float* out) {                                                             \
+    enum { rows = ROWS, outputs = OUTPUTS, planes = PLANES(WIDTH, FORMAT) };                                           \
+    const int64_t row_bytes = c->weight->row_bytes, stride = scale_stride(c->weight);                                  \
+    const uint8_t* packed = c->weight->qweight + output * row_bytes;                                                   \
+    vf32 acc[rows][outputs];                                                                                           \
+    for (int i = 0; i < rows; i++)                                                                                     \
+      for (int j = 0; j < outputs; j++) acc[i][j] = splat(0);                                                          \
+    for (int64_t s = 0; s < c->steps; s++) {                                                                           \
+      vf32 part[rows][outputs];                                                                                        \
+      vu32 raw[outputs];                                                                                               \
+      for (int j = 0; j < outputs; j++) {                                                                              \
+        for (int i = 0; i < rows; i++) part[i][j] = splat(0);                                                          \
+        if (!(DIRECT)) continue;                                                                                       \
+        raw[j] = load_raw(packed + j * row_bytes, s, row_bytes);                                                       \
+        __builtin_prefetch(packed + (j + AHEAD) * row_bytes + s * STEP_BYTES);                                         \
+      }                                                                                                                \
+      _Pragma("clang loop unroll(full)") for (int q = 0; q < planes; q++) {                                            \
+        plane##WIDTH w[outputs];                                                                                       \
+        for (int j = 0; j < outputs; j++)                                                                              \
+          w[j] = (DIRECT) ? decode##WIDTH(raw[j], q, FORMAT)                                                           \
+                          : load##WIDTH(ws->codes + j * c->x_bytes + (s * planes + q) * 64);                           \
+        for (int i = 0; i < rows; i++) {                                                                               \
+          const plane##WIDTH x = load##WIDTH(xs + i * c->x_bytes + (s * planes + q) * 64);                             \
+          for (int j = 0; j < outputs; j++) part[i][j] = dot##WIDTH(part[i][j], w[j], x);                              \
+        }                                                                                                              \
+      }                                                                                                                \
+      for (int j = 0; j < outputs; j++) {                                                                              \
+        const vf32 scale = lane_scales(ws->scales + j * stride, s, c->step, c->weight->group, c->lanes);               \
+        for (int i = 0; i < rows; i++) acc[i][j] = fma_f32(part[i][j], scale, acc[i][j]);                              \
+      }                                                                                                                \
+    }                                                                                                                  \
+    for (int i = 0; i < rows; i++)                                                                                     \
+      for (int j = 0; j < outputs; j++) out[i * TOGETHER + j] = sum_lanes(acc[i][j]);                                  \
+  }
 
-#define DIRECT(WIDTH, FORMAT, ROWS, OUTPUTS)                                                                 \
-  static __attribute__((noinline)) void direct##WIDTH##_##FORMAT##_##ROWS##_##OUTPUTS(                       \
-      const context* c, const workspace* ws, const uint8_t* xs, int64_t output, float* out) {                \
-    enum { rows = ROWS, outputs = OUTPUTS };                                                                 \
-    PRODUCTS(pairs##WIDTH, load##WIDTH, DOT##WIDTH, decode##WIDTH(c->weight, output + j, s, SVDQ_##FORMAT)) \
+#define DECODED(WIDTH, FORMAT)                                                                                         \
+  KERNEL(direct##WIDTH##_##FORMAT##_4, WIDTH, SVDQ_##FORMAT, 1, TOGETHER, 1)                                           \
+  KERNEL(direct##WIDTH##_##FORMAT##_1, WIDTH, SVDQ_##FORMAT, 1, 1, 1)                                                  \
+  static void expand##WIDTH##_##FORMAT(const context* c, uint8_t* to, int64_t output) {                                \
+    enum { planes = PLANES(WIDTH, SVDQ_##FORMAT) };                                                                    \
+    for (int64_t s = 0; s < c->steps; s++) {                                                                           \
+      const vu32 raw = load_raw(c->weight->qweight + output * c->weight->row_bytes, s, c->weight->row_bytes);          \
+      for (int q = 0; q < planes; q++) {                                                                               \
+        const plane##WIDTH w = decode##WIDTH(raw, q, SVDQ_##FORMAT);                                                   \
+        memcpy(to + (s * planes + q) * 64, &w, sizeof w);                                                              \
+      }                                                                                                                \
+    }                                                                                                                  \
   }
-#define DOT16 dot_bf16
-#define DOT32 dot32
-#define CODED(WIDTH, ROWS, OUTPUTS)                                                                                     \
-  static __attribute__((noinline)) void coded##WIDTH##_##ROWS##_##OUTPUTS(const context* c, const workspace* ws,        \
-                                                                         const uint8_t* xs, int64_t output, float* out) { \
-    enum { rows = ROWS, outputs = OUTPUTS };                                                                            \
-    (void)output;                                                                                                       \
-    PRODUCTS(pairs##WIDTH, load##WIDTH, DOT##WIDTH, load##WIDTH(ws->codes + j * c->x_bytes, s))                         \
-  }
-#define EXPAND(WIDTH, FORMAT)                                                                                    \
-  static __attribute__((noinline)) void expand##WIDTH##_##FORMAT(const context* c, uint8_t* to, int64_t output) { \
-    for (int64_t s = 0; s < c->steps; s++) store##WIDTH(to, s, decode##WIDTH(c->weight, output, s, SVDQ_##FORMAT)); \
-  }
-#define FORMAT_KERNELS(WIDTH, FORMAT) DIRECT(WIDTH, FORMAT, 1, 4) DIRECT(WIDTH, FORMAT, 1, 1) EXPAND(WIDTH, FORMAT)
-#define WIDTH_KERNELS(WIDTH)                                                                                      \
-  FORMAT_KERNELS(WIDTH, INT4) FORMAT_KERNELS(WIDTH, UINT4) FORMAT_KERNELS(WIDTH, NVFP4) FORMAT_KERNELS(WIDTH, INT8) \
-  CODED(WIDTH, 3, 4) CODED(WIDTH, 1, 4) CODED(WIDTH, 3, 1) CODED(WIDTH, 1, 1)
 
+#define EXPANDED(WIDTH, FORMAT, NAME)                            \
+  KERNEL(coded##NAME##_3_4, WIDTH, FORMAT, 3, TOGETHER, 0)       \
+  KERNEL(coded##NAME##_3_1, WIDTH, FORMAT, 3, 1, 0)              \
+  KERNEL(coded##NAME##_1_4, WIDTH, FORMAT, 1, TOGETHER, 0)       \
+  KERNEL(coded##NAME##_1_1, WIDTH, FORMAT, 1, 1, 0)
+
+/* Rows ahead of those being read. */
+enum { AHEAD = TOGETHER };
+
+DECODED(32, INT4)
+DECODED(32, UINT4)
+DECODED(32, NVFP4)
+DECODED(32, INT8)
+EXPANDED(32, SVDQ_INT4, 32)
+EXPANDED(32, SVDQ_INT8, 8)
 #if SVDQ_BF16_WIDE
-WIDTH_KERNELS(16)
+DECODED(16, INT4)
+DECODED(16, UINT4)
+DECODED(16, NVFP4)
+EXPANDED(16, SVDQ_INT4, 16)
 #endif
-WIDTH_KERNELS(32)
 
 typedef void (*kernel)(const context*, const workspace*, const uint8_t*, int64_t, float*);
 typedef void (*expander)(const context*, uint8_t*, int64_t);
 
 typedef struct {
-  kernel direct4, direct1;
+  kernel direct[2];   /* one output, TOGETHER */
   expander expand;
+  kernel coded[2][2]; /* one row or three; one output or TOGETHER */
 } format_kernels;
 
-#define ROW(WIDTH, FORMAT) {direct##WIDTH##_##FORMAT##_1_4, direct##WIDTH##_##FORMAT##_1_1, expand##WIDTH##_##FORMAT}
+#define ROW(WIDTH, FORMAT, NAME)                                                                          \
+  {{direct##WIDTH##_##FORMAT##_1, direct##WIDTH##_##FORMAT##_4}, expand##WIDTH##_##FORMAT,                \
+   {{coded##NAME##_1_1, coded##NAME##_1_4}, {coded##NAME##_3_1, coded##NAME##_3_4}}}
 static const format_kernels of_format[2][4] = {
-    {ROW(32, INT4), ROW(32, NVFP4), ROW(32, INT8), ROW(32, UINT4)},
+    {ROW(32, INT4, 32), ROW(32, NVFP4, 32), ROW(32, INT8, 8), ROW(32, UINT4, 32)},
 #if SVDQ_BF16_WIDE
-    {ROW(16, INT4), ROW(16, NVFP4), ROW(16, INT8), ROW(16, UINT4)},
-#endif
-};
-static const kernel coded[2][2][2] = {
-    {{coded32_1_1, coded32_1_4}, {coded32_3_1, coded32_3_4}},
-#if SVDQ_BF16_WIDE
-    {{coded16_1_1, coded16_1_4}, {coded16_3_1, coded16_3_4}},
+    {ROW(16, INT4, 16), ROW(16, NVFP4, 16), ROW(32, INT8, 8), ROW(16, UINT4, 16)},
 #endif
 };
 
@@ -244,7 +235,7 @@ static void load_scales(const svdq_weight* w, int64_t output, float* scales) {
     }
     store_some_from_f32(scales, g, SVDQ_F32, v * unit, count);
   }
-  scales[w->groups] = 0; /* of the half step that a row may end in */
+  memset(scales + w->groups, 0, LANES * sizeof(float)); /* of what a row's last step lacks */
   if (!w->outer) return;
   const int64_t per_part = w->groups / w->outer_blocks;
   for (int64_t g = 0; g < w->groups; g++)
@@ -260,23 +251,23 @@ static void task(void* pointer, int64_t index, int32_t worker) {
   const int64_t last = first + ROWS_PER_TASK < c->in->rows ? first + ROWS_PER_TASK : c->in->rows;
   workspace ws;
   ws.codes = c->scratch + worker * c->scratch_bytes;
-  ws.scales = (float*)(ws.codes + MOST_TOGETHER * c->x_bytes);
+  ws.scales = (float*)(ws.codes + TOGETHER * c->x_bytes);
   const format_kernels* kernels = &of_format[c->bf16][w->format];
   for (int64_t output = start, together; output < stop; output += together) {
-    together = stop - output >= MOST_TOGETHER ? MOST_TOGETHER : 1;
+    together = stop - output >= TOGETHER ? TOGETHER : 1;
     for (int64_t j = 0; j < together; j++) {
-      load_scales(w, output + j, ws.scales + j * (w->groups + 1));
+      load_scales(w, output + j, ws.scales + j * scale_stride(w));
       if (last - first > FEW) kernels->expand(c, ws.codes + j * c->x_bytes, output + j);
     }
     for (int64_t row = first, rows; row < last; row += rows) {
-      float out[3 * MOST_TOGETHER];
+      float out[3 * TOGETHER];
       rows = last - first > FEW && last - row >= 3 ? 3 : 1;
-      const uint8_t* xs = c->x + row * c->x_bytes;
-      if (last - first > FEW) coded[c->bf16][rows == 3][together == MOST_TOGETHER](c, &ws, xs, output, out);
-      else (together == MOST_TOGETHER ? kernels->direct4 : kernels->direct1)(c, &ws, xs, output, out);
+      const int all = together == TOGETHER;
+      const kernel run = last - first > FEW ? kernels->coded[rows == 3][all] : kernels->direct[all];
+      run(c, &ws, c->x + row * c->x_bytes, output, out);
       for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < together; j++) {
-          float value = out[i * MOST_TOGETHER + j];
+          float value = out[i * TOGETHER + j];
           if (w->zeros) {
             float shift = 0;
             for (int64_t g = 0; g < w->groups; g++)
@@ -294,17 +285,14 @@ static void arrange(const context* c, int64_t row) {
   const svdq_input* in = c->in;
   uint8_t* to = (uint8_t*)c->x + row * c->x_bytes;
   const int64_t at = row * in->x_stride;
-  if (c->bf16) {
-    memset(to + (c->steps - 1) * STEP * 2, 0, STEP * 2);
-    memcpy(to, (const uint16_t*)in->x + at, in->features * 2);
-  } else {
-    for (int64_t s = 0; s < c->steps; s++) {
-      vf32 a = load_some_as_f32(in->x, at + s * STEP, in->x_type, in->features - s * STEP);
-      vf32 b = load_some_as_f32(in->x, at + s * STEP + LANES, in->x_type, in->features - s * STEP - LANES);
-      store_f32((float*)to + s * STEP, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
-      store_f32((float*)to + s * STEP + LANES, __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
+  const int64_t spread = c->bf16 ? 2 * LANES : LANES; /* columns of a plane */
+  for (int64_t s = 0; s < c->steps; s++)
+    for (int64_t k = 0; k < c->step; k++) {
+      const int64_t column = s * c->step + k, place = (s * c->planes + k % c->planes) * spread + k / c->planes;
+      const int inside = column < in->features;
+      if (c->bf16) ((uint16_t*)to)[place] = inside ? ((const uint16_t*)in->x)[at + column] : 0;
+      else ((float*)to)[place] = inside ? scalar_as_f32(in->x, at + column, in->x_type) : 0;
     }
-  }
   if (!c->weight->zeros) return;
   const int64_t size = c->weight->group ? c->weight->group : in->features;
   for (int64_t g = 0; g < c->weight->groups; g++) {

@@ -114,7 +114,8 @@ INLINE vf32 exponential(vf32 v) {
 INLINE vf32 gelu_tanh(vf32 x) {
   vf32 u = x * (1 + 0.044715f * x * x) * -1.5957691216f;
   u = __builtin_elementwise_min(__builtin_elementwise_max(u, splat(-87)), splat(87));
-  return x / (1 + exponential(u));
+  /* Where the exponential would end, so does the function. */
+  return choose(x < -20, splat(0), x / (1 + exponential(u)));
 }
 
 /* Additions in one fixed order: the sum of a row must not depend on what computes it. */
