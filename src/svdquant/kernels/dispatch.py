@@ -28,7 +28,7 @@ class DevicePath:
 
 def device_path(device: torch.device) -> DevicePath:
     """The path of a device; `SVDQUANT_BACKEND` overrides the backend."""
-    backend = _backend(device)
+    backend = backend_of(device)
     eight_bit = {"int4": "int8", "nvfp4": "int8", "int8": "int8"}
     if device.type == "cuda" and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(device)
@@ -41,7 +41,8 @@ def device_path(device: torch.device) -> DevicePath:
     return DevicePath(backend, eight_bit, why)
 
 
-def _backend(device: torch.device) -> str:
+def backend_of(device: torch.device) -> str:
+    """What multiplies on a device: one of `BACKENDS`."""
     default = "native" if device.type == "cpu" and cpu.available() else "dequantize"
     backend = os.environ.get("SVDQUANT_BACKEND") or default
     if backend not in BACKENDS:
@@ -91,7 +92,7 @@ def svdquant_linear(
         wanted = f"{[*x.shape[:-1], t.out_features]} {x.dtype}"
         raise SVDQuantError(f"out is {list(out.shape)} {out.dtype}, the result {wanted}")
     activations = resolve_activations(activations, t.spec, x.device)
-    if eager.is_plain(x) and _backend(x.device) == "native" and cpu.supports(t, activations, x.dtype):
+    if eager.is_plain(x) and backend_of(x.device) == "native" and cpu.supports(t, activations, x.dtype):
         rows = None if out is None else _as_rows(out, x)
         if out is None or rows is not None:
             y = cpu.svdquant_linear(x, t, activations, gelu, rows)
@@ -146,7 +147,7 @@ def _linear(
     spec = LayerSpec(weights=weights, group_size=group_size, unsigned=segments, rotate=rotate)
     tensors = SVDQuantTensors(spec, x.shape[-1], qweight, wscales, wcscales, smooth_factor, proj_down, proj_up, bias)
     rows = x.reshape(-1, x.shape[-1])
-    backend = _backend(x.device)
+    backend = backend_of(x.device)
     if backend == "native" and cpu.supports(tensors, activations, x.dtype):
         y = cpu.svdquant_linear(rows, tensors, activations)
     else:
@@ -189,7 +190,7 @@ def w4a16_linear(
 
     x [..., K]; qweight, wscales, wzeros as in `SVDQuantTensors`. Returns [..., N] in x's type.
     """
-    native = eager.is_plain(x) and _backend(x.device) == "native"
+    native = eager.is_plain(x) and backend_of(x.device) == "native"
     if native and cpu.supports_weight_only(qweight, wscales, x.dtype, weights):
         y = cpu.w4a16_linear(x, qweight, wscales, bias, weights, wzeros)
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -201,7 +202,7 @@ def _w4a16_linear(
     x: Tensor, qweight: Tensor, wscales: Tensor, wzeros: Tensor | None, bias: Tensor | None, weights: str
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    backend = _backend(x.device)
+    backend = backend_of(x.device)
     if backend == "native" and cpu.supports_weight_only(qweight, wscales, x.dtype, weights):
         y = cpu.w4a16_linear(rows, qweight, wscales, bias, weights, wzeros)
     else:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu, eager
-from .dispatch import device_path
+from .dispatch import backend_of
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,9 +27,8 @@ def usable(*inputs: Tensor) -> bool:
     first = inputs[0]
     if not all(eager.is_plain(x) and x.dtype == first.dtype for x in inputs) or first.dtype not in _FLOATS:
         return False
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not enabled():
-        return False
-    return device_path(first.device).backend == "native" and cpu.available()
+    watched = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+    return not watched and enabled() and backend_of(first.device) == "native"
 
 
 def norm_modulate(

@@ -67,7 +67,8 @@ static inline void emulated_zero(int t) {
 static inline void emulated_loadd(int t, const void* base, int64_t stride) {
   require_tile(t);
   memset(tiles[t], 0, sizeof tiles[t]);
-  for (int i = 0; i < shapes.rows[t]; i++) memcpy(tiles[t][i], (const uint8_t*)base + i * stride, shapes.column_bytes[t]);
+  for (int i = 0; i < shapes.rows[t]; i++)
+    memcpy(tiles[t][i], (const uint8_t*)base + i * stride, shapes.column_bytes[t]);
 }
 
 static inline void emulated_stored(int t, void* base, int64_t stride) {
@@ -87,7 +88,8 @@ static inline void emulated_dpbsud(int c, int a, int b) {
     for (int j = 0; j < shapes.column_bytes[c] / 4; j++) {
       uint32_t sum;
       memcpy(&sum, &tiles[c][i][4 * j], 4);
-      for (int k = 0; k < shapes.column_bytes[a]; k++) sum += (uint32_t)((int8_t)tiles[a][i][k] * tiles[b][k / 4][4 * j + k % 4]);
+      for (int k = 0; k < shapes.column_bytes[a]; k++)
+        sum += (uint32_t)((int8_t)tiles[a][i][k] * tiles[b][k / 4][4 * j + k % 4]);
       memcpy(&tiles[c][i][4 * j], &sum, 4);
     }
 }

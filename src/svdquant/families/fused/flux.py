@@ -95,7 +95,7 @@ class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):
         image_rotary_emb: Rotary | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if not fused.usable(hidden_states, encoder_hidden_states):
+        if not fused.usable(hidden_states, encoder_hidden_states, temb):
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         image, *image_modulation = self.norm1(hidden_states, emb=temb)
         text, *text_modulation = self.norm1_context(encoder_hidden_states, emb=temb)
@@ -135,7 +135,7 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         gelu = untouched(self.act_mlp, nn.GELU) and self.act_mlp.approximate == "tanh"
-        if not gelu or not fused.usable(hidden_states, encoder_hidden_states):
+        if not gelu or not fused.usable(hidden_states, encoder_hidden_states, temb):
             return super().forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
         text = encoder_hidden_states.shape[1]
         residual = torch.cat([encoder_hidden_states, hidden_states], dim=1)

@@ -42,7 +42,7 @@ def linear(layer: Any, x: Tensor, gelu: bool = False, out: Tensor | None = None)
 
 def modulated(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """norm(x)·(1 + scale) + shift for x [B, L, K]; scale, shift [B, K]."""
-    if untouched(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]:
+    if scale.dtype == x.dtype and untouched(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]:
         return fused.norm_modulate(x, scale, shift, norm.eps, norm.weight, norm.bias)
     y: Tensor = norm(x)
     return y * (1 + scale[:, None]) + shift[:, None]

@@ -1,11 +1,12 @@
-/* Products of bytes on registers of 4 integers: rows by 16 columns, steps a multiple of 4. Weight codes stay below 128, so
-   signed times signed does for all formats. */
+/* Products of bytes on registers of 4 integers: rows by 16 columns, steps a multiple of 4. Weight codes stay below 128,
+   so signed times signed does for all formats. */
 enum { QUAD = 4, CHUNK_QUADS = LANES / QUAD };
 
 INLINE int8x16_t load_quads(const uint8_t* p) { return vld1q_s8((const int8_t*)p); }
 
 /* sdot: a row's 16 codes are four broadcasts. */
-INLINE void products_by_dots(vi32* part, const int8_t* a, const uint8_t* b, const int32_t* sums, int32_t steps, const int rows) {
+INLINE void products_by_dots(vi32* part, const int8_t* a, const uint8_t* b, const int32_t* sums, int32_t steps,
+                             const int rows) {
   int32x4_t acc[TILE_ROWS][CHUNK_QUADS];
   for (int i = 0; i < rows; i++)
     for (int j = 0; j < CHUNK_QUADS; j++) acc[i][j] = vdupq_n_s32(sums[i]);
@@ -23,8 +24,10 @@ INLINE void products_by_dots(vi32* part, const int8_t* a, const uint8_t* b, cons
 }
 
 #if SVDQ_ARM_MATRICES
-/* smmla: 2 rows by 2 columns over 8 codes, twice the work of an sdot. Eight rows by eight columns at a time; the panel's
-   quads of two steps, zipped, are two columns' 8 codes. */
+#define TOGETHER(ROWS) ((ROWS) == TILE_ROWS ? 2 : 1)
+
+/* smmla: 2 rows by 2 columns over 8 codes, twice the work of an sdot. Eight rows by eight columns at a time; the
+   panel's quads of two steps, zipped, are two columns' 8 codes. Rows lie in pairs, 8 codes of each by turns. */
 INLINE void products_by_matrices(vi32* part, const int8_t* a, const uint8_t* b, const int32_t* sums, int32_t steps) {
   enum { PAIRS = TILE_ROWS / 2, HALF = 8 };
   int32_t out[TILE_ROWS][LANES];
@@ -44,8 +47,7 @@ INLINE void products_by_matrices(vi32* part, const int8_t* a, const uint8_t* b, 
         w[j / 2 + 1] = vreinterpretq_s8_s32(vzip2q_s32(first, second));
       }
       for (int p = 0; p < PAIRS; p++) {
-        const int8_t* rows = a + 2 * p * SVDQ_BLOCK + k * 4;
-        const int8x16_t x = vcombine_s8(vld1_s8(rows), vld1_s8(rows + SVDQ_BLOCK));
+        const int8x16_t x = vld1q_s8(a + 2 * p * SVDQ_BLOCK + k * 8);
         for (int j = 0; j < HALF / 2; j++) acc[p][j] = vmmlaq_s32(acc[p][j], x, w[j]);
       }
     }
@@ -58,7 +60,22 @@ INLINE void products_by_matrices(vi32* part, const int8_t* a, const uint8_t* b, 
   }
   for (int i = 0; i < TILE_ROWS; i++) memcpy(&part[i], out[i], sizeof part[i]);
 }
+#else
+#define TOGETHER(ROWS) 1
 #endif
+
+/* Rows as the products read them, once for all columns: TOGETHER of them by turns. */
+INLINE const int8_t* arrange_rows(int8_t* to, const int8_t* a, int32_t steps, const int rows) {
+  if (TOGETHER(rows) == 1) return a;
+  for (int i = 0; i < rows; i += 2)
+    for (int32_t k = 0; k < steps * 4; k += 16) {
+      const int64x2_t first = vreinterpretq_s64_s8(vld1q_s8(a + i * SVDQ_BLOCK + k));
+      const int64x2_t second = vreinterpretq_s64_s8(vld1q_s8(a + (i + 1) * SVDQ_BLOCK + k));
+      vst1q_s8(to + i * SVDQ_BLOCK + 2 * k, vreinterpretq_s8_s64(vzip1q_s64(first, second)));
+      vst1q_s8(to + i * SVDQ_BLOCK + 2 * k + 16, vreinterpretq_s8_s64(vzip2q_s64(first, second)));
+    }
+  return to;
+}
 
 INLINE void products(vi32* part, const int8_t* a, const uint8_t* b, const int32_t* sums, int32_t steps, const int rows,
                      const int whole_bytes) {

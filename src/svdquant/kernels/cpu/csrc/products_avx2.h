@@ -7,7 +7,8 @@ INLINE __m256i same_quads(const int8_t* p) { int32_t four; memcpy(&four, p, 4); 
 #if !SVDQ_NARROW_VNNI
 /* Sums of two products have 16 bits, so do sums of eight where weight codes have 5 (8 x 24 x 127 < 2^15): those stay in
    registers, and the sums of 32 bits in memory. */
-INLINE void products_of_codes(__m256i acc[TILE_ROWS][CHUNK_QUADS], const int8_t* a, const uint8_t* b, int32_t steps, int rows) {
+INLINE void products_of_codes(__m256i acc[TILE_ROWS][CHUNK_QUADS], const int8_t* a, const uint8_t* b, int32_t steps,
+                              const int rows) {
   _Pragma("clang loop unroll(disable)") for (int32_t k = 0; k < steps; k += 4) {
     __m256i sum[TILE_ROWS][CHUNK_QUADS];
     _Pragma("clang loop unroll(full)") for (int s = 0; s < 4; s++) {
@@ -38,6 +39,12 @@ INLINE __m256i dot_quads(__m256i acc, __m256i w, __m256i x) {
   const __m256i two = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
   return _mm256_add_epi32(acc, _mm256_madd_epi16(two, _mm256_set1_epi16(1)));
 #endif
+}
+
+#define TOGETHER(ROWS) 1
+INLINE const int8_t* arrange_rows(int8_t* to, const int8_t* a, int32_t steps, int rows) {
+  (void)to, (void)steps, (void)rows;
+  return a;
 }
 
 INLINE void products(vi32* part, const int8_t* a, const uint8_t* b, const int32_t* sums, int32_t steps, const int rows,

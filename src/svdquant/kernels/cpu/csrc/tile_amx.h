@@ -1,5 +1,5 @@
-/* 16 rows by 16 columns in tile registers, 64 codes at a time. Sums leave them by memory: while one lot of groups is scaled
-   and added, the next is multiplied. Same integers and same order of float32 operations as tile_avx512.h: same bits. */
+/* 16 rows by 16 columns in tile registers, 64 codes at a time. Sums leave them by memory: while one lot of groups is
+   scaled and added, the next is multiplied. Same integers and same order of float32 operations as tile_avx512.h: same bits. */
 enum { EDGE = 16, TILE_COLUMNS = 64, LOT = 4, FEWEST_ROWS = 8 };
 
 typedef int32_t lot[LOT][EDGE][LANES];
@@ -75,7 +75,8 @@ INLINE void multiply_small(const tile_work* t, const uint8_t* b, int32_t first, 
 #undef SMALL_GROUP
 }
 
-INLINE void add_scaled(const tile_work* t, const lot in, int n, int32_t first, int32_t groups, int row, const int rows) {
+INLINE void add_scaled(const tile_work* t, const lot in, int n, int32_t first, int32_t groups, int row,
+                       const int rows) {
   float* c = t->c + row * SVDQ_PANEL + n;
   vf32 sum[FEWEST_ROWS];
   for (int i = 0; i < rows; i++) sum[i] = t->first && first == 0 ? splat(0) : load_f32(c + i * SVDQ_PANEL);
@@ -86,7 +87,8 @@ INLINE void add_scaled(const tile_work* t, const lot in, int n, int32_t first, i
     for (int i = 0; i < rows; i++) {
       vi32 part;
       memcpy(&part, in[g][row + i], sizeof part);
-      sum[i] = fma_f32(__builtin_convertvector(part + sums[i], vf32), a_scale ? scale * splat(a_scale[i]) : scale, sum[i]);
+      const vf32 both = a_scale ? scale * splat(a_scale[i]) : scale;
+      sum[i] = fma_f32(__builtin_convertvector(part + sums[i], vf32), both, sum[i]);
     }
   }
   for (int i = 0; i < rows; i++) store_f32(c + i * SVDQ_PANEL, sum[i]);
@@ -112,9 +114,10 @@ static __attribute__((noinline)) void tile_amx(const tile_work* t, int rows) {
     if (i == 0) continue;
     const int n = (i - 1) / per_column * LANES;
     const int32_t first = (i - 1) % per_column * LOT, left = t->groups - first, groups = left < LOT ? left : LOT;
+    int32_t(*const done)[EDGE][LANES] = lots[(i - 1) % 2];
     int row = 0;
-    for (; row + FEWEST_ROWS <= rows; row += FEWEST_ROWS) add_scaled(t, lots[(i - 1) % 2], n, first, groups, row, FEWEST_ROWS);
-    for (; row < rows; row++) add_scaled(t, lots[(i - 1) % 2], n, first, groups, row, 1);
+    for (; row + FEWEST_ROWS <= rows; row += FEWEST_ROWS) add_scaled(t, done, n, first, groups, row, FEWEST_ROWS);
+    for (; row < rows; row++) add_scaled(t, done, n, first, groups, row, 1);
   }
 }
 

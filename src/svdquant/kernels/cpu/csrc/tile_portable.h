@@ -8,8 +8,10 @@
 INLINE void tile_rows(const tile_work* t, const int rows, const int whole_bytes) {
   /* Codes behind the last column are zero. */
   const int32_t steps = (t->steps + 3) / 4 * 4;
+  int8_t arranged[TILE_ROWS * SVDQ_BLOCK];
+  const int8_t* codes = arrange_rows(arranged, t->a, (t->groups - 1) * t->steps + steps, rows);
   for (int32_t g = 0; g < t->groups; g++) {
-    const int8_t* a = t->a + g * t->steps * 4;
+    const int8_t* a = codes + g * t->steps * 4 * TOGETHER(rows);
     const int32_t* sums = t->sums + g * t->sum_stride;
     for (int n = 0; n < SVDQ_PANEL; n += LANES) {
       vi32 part[TILE_ROWS];

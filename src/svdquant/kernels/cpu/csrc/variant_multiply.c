@@ -173,7 +173,8 @@ static void multiply_rows(const context* c, const workspace* w, int64_t block, i
     t.c = sums + row * SVDQ_PANEL;
     const int rows = count - row < TILE_ROWS ? (int)(count - row) : TILE_ROWS;
     if (start >= 0) fetch_outputs(c, at, rows, start);
-    else if (row / TILE_ROWS < valid) fetch_codes(c->weight, panel + row / TILE_ROWS, block + 1);
+    else
+      for (int64_t n = row * valid / count; n < (row + rows) * valid / count; n++) fetch_codes(c->weight, panel + n, block + 1);
     tile(&t, rows);
     if (start < 0) continue;
     /* While the sums are in the first cache. */

@@ -261,10 +261,11 @@ static void checksum(const void* data, int64_t bytes, uint64_t out[2]) {
     }
 }
 
-/* Whether data is what it was when `seen` was last written; now it is. */
-static int unchanged(const void* data, int64_t bytes, uint64_t seen[2], int fresh) {
+/* Whether data is what it was when `seen` was last written, and meant the same; now it is. */
+static int unchanged(const void* data, int64_t bytes, uint64_t meaning, uint64_t seen[2], int fresh) {
   uint64_t now[2];
   checksum(data, bytes, now);
+  now[0] += meaning;
   if (!fresh && now[0] == seen[0] && now[1] == seen[1]) return 1;
   seen[0] = now[0];
   seen[1] = now[1];
@@ -281,7 +282,7 @@ static void task(void* pointer, int64_t index, int32_t worker) {
     const int64_t size = element_bytes(in->x_type);
     for (int64_t row = first; row < last; row++) {
       const uint8_t* x = (const uint8_t*)in->x + row * in->x_stride * size;
-      if (unchanged(x, in->features * size, in->seen + 2 * row, c->fresh)) continue;
+      if (unchanged(x, in->features * size, 0, in->seen + 2 * row, c->fresh)) continue;
       memset(h + in->features / LANES * LANES, 0, (padded(in) - in->features / LANES * LANES) * sizeof(float));
       float largest = smooth_row(c, row, h);
       if (in->bits == 8) quantize_row8(in, row, h, largest);
@@ -295,7 +296,7 @@ void SVDQ_NAME(prepare)(const svdq_input* in, int32_t fresh, const svdq_weight* 
   const int64_t columns = padded(in);
   context c = {.in = in, .weight = weight && weight->rank ? weight : NULL};
   const int64_t smooth_bytes = in->smooth ? in->features * element_bytes(in->smooth_type) : 0;
-  c.fresh = !unchanged(in->smooth, smooth_bytes, in->seen + 2 * in->rows, fresh);
+  c.fresh = !unchanged(in->smooth, smooth_bytes, (uint64_t)code_offset(in->format), in->seen + 2 * in->rows, fresh);
   {
     float* factor = scratch;
     float* shift = factor + columns;

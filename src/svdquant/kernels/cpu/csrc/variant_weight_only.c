@@ -6,7 +6,9 @@
 #include "isa.h"
 #include "parallel.h"
 
-enum { STEP_BYTES = 64, OUTPUTS_PER_TASK = 16, ROWS_PER_TASK = 96, FEW = 4, TOGETHER = 4 };
+enum { STEP_BYTES = 64, OUTPUTS_PER_TASK = 16, ROWS_PER_TASK = 96, FEW = 4 };
+/* Rows of weights and of x whose sums the registers hold. */
+enum { TOGETHER = SVDQ_WIDE ? 4 : 2, SEVERAL = SVDQ_WIDE ? 3 : 2 };
 
 typedef struct {
   const svdq_input* in;
@@ -157,8 +159,8 @@ INLINE vf32 dot16(vf32 acc, plane16 w, plane16 x) { return dot_bf16(acc, w, x); 
   }
 
 #define DECODED(WIDTH, FORMAT)                                                                                         \
-  KERNEL(direct##WIDTH##_##FORMAT##_4, WIDTH, SVDQ_##FORMAT, 1, TOGETHER, 1)                                           \
-  KERNEL(direct##WIDTH##_##FORMAT##_1, WIDTH, SVDQ_##FORMAT, 1, 1, 1)                                                  \
+  KERNEL(direct##WIDTH##_##FORMAT##_all, WIDTH, SVDQ_##FORMAT, 1, TOGETHER, 1)                                           \
+  KERNEL(direct##WIDTH##_##FORMAT##_one, WIDTH, SVDQ_##FORMAT, 1, 1, 1)                                                  \
   static void expand##WIDTH##_##FORMAT(const context* c, uint8_t* to, int64_t output) {                                \
     enum { planes = PLANES(WIDTH, SVDQ_##FORMAT) };                                                                    \
     for (int64_t s = 0; s < c->steps; s++) {                                                                           \
@@ -171,10 +173,10 @@ INLINE vf32 dot16(vf32 acc, plane16 w, plane16 x) { return dot_bf16(acc, w, x); 
   }
 
 #define EXPANDED(WIDTH, FORMAT, NAME)                            \
-  KERNEL(coded##NAME##_3_4, WIDTH, FORMAT, 3, TOGETHER, 0)       \
-  KERNEL(coded##NAME##_3_1, WIDTH, FORMAT, 3, 1, 0)              \
-  KERNEL(coded##NAME##_1_4, WIDTH, FORMAT, 1, TOGETHER, 0)       \
-  KERNEL(coded##NAME##_1_1, WIDTH, FORMAT, 1, 1, 0)
+  KERNEL(coded##NAME##_several_all, WIDTH, FORMAT, SEVERAL, TOGETHER, 0)       \
+  KERNEL(coded##NAME##_several_one, WIDTH, FORMAT, SEVERAL, 1, 0)              \
+  KERNEL(coded##NAME##_one_all, WIDTH, FORMAT, 1, TOGETHER, 0)       \
+  KERNEL(coded##NAME##_one_one, WIDTH, FORMAT, 1, 1, 0)
 
 /* Rows ahead of those being read. */
 enum { AHEAD = TOGETHER };
@@ -198,12 +200,12 @@ typedef void (*expander)(const context*, uint8_t*, int64_t);
 typedef struct {
   kernel direct[2];   /* one output, TOGETHER */
   expander expand;
-  kernel coded[2][2]; /* one row or three; one output or TOGETHER */
+  kernel coded[2][2]; /* one row or SEVERAL; one output or TOGETHER */
 } format_kernels;
 
 #define ROW(WIDTH, FORMAT, NAME)                                                                          \
-  {{direct##WIDTH##_##FORMAT##_1, direct##WIDTH##_##FORMAT##_4}, expand##WIDTH##_##FORMAT,                \
-   {{coded##NAME##_1_1, coded##NAME##_1_4}, {coded##NAME##_3_1, coded##NAME##_3_4}}}
+  {{direct##WIDTH##_##FORMAT##_one, direct##WIDTH##_##FORMAT##_all}, expand##WIDTH##_##FORMAT,            \
+   {{coded##NAME##_one_one, coded##NAME##_one_all}, {coded##NAME##_several_one, coded##NAME##_several_all}}}
 static const format_kernels of_format[2][4] = {
     {ROW(32, INT4, 32), ROW(32, NVFP4, 32), ROW(32, INT8, 8), ROW(32, UINT4, 32)},
 #if SVDQ_BF16_WIDE
@@ -260,10 +262,10 @@ static void task(void* pointer, int64_t index, int32_t worker) {
       if (last - first > FEW) kernels->expand(c, ws.codes + j * c->x_bytes, output + j);
     }
     for (int64_t row = first, rows; row < last; row += rows) {
-      float out[3 * TOGETHER];
-      rows = last - first > FEW && last - row >= 3 ? 3 : 1;
+      float out[SEVERAL * TOGETHER];
+      rows = last - first > FEW && last - row >= SEVERAL ? SEVERAL : 1;
       const int all = together == TOGETHER;
-      const kernel run = last - first > FEW ? kernels->coded[rows == 3][all] : kernels->direct[all];
+      const kernel run = last - first > FEW ? kernels->coded[rows == SEVERAL][all] : kernels->direct[all];
       run(c, &ws, c->x + row * c->x_bytes, output, out);
       for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < together; j++) {
