@@ -286,7 +286,7 @@ def running(path: str) -> Iterator[None]:
             used = ctypes.CFUNCTYPE(ctypes.c_char_p)(("svdq_isa", cdll))()
             assert select(path.encode()) == 0
             # Sums beside the codes are a variant's own.
-            importlib.import_module("svdquant.kernels.cpu.inputs")._threads.__dict__.pop("last", None)
+            importlib.import_module("svdquant.kernels.cpu.inputs")._per_thread.__dict__.pop("last", None)
             try:
                 yield
             finally:

@@ -149,6 +149,25 @@ def test_rows_on_their_own(path, threads):
                 assert torch.equal(y, whole[batch, rows])
 
 
+def test_results_over_operands(path):
+    """What overlaps an operand without being it is written when everything has been read; torch learns of changes."""
+    memory = random(40)
+    x, out = memory[:32].view(1, 4, 8), memory[8:].view(1, 4, 8)
+    before, gate = x.clone(), random(1, 8)
+    version = memory._version
+    fused.gate_add(x, gate, x, out=out)
+    torch.testing.assert_close(out, fused.gate_add(before, gate, before))
+    assert memory._version > version
+    memory.copy_(random(40))
+    fused.norm_rotate(x[:, :, None], None, 1e-6, out=out[:, :, None])
+    torch.testing.assert_close(out, fused.norm_rotate(before[:, :, None], None, 1e-6)[:, :, 0])
+    version = memory._version
+    fused.norm_rotate(x[:, :, None], None, 1e-6, out=x[:, :, None])
+    assert memory._version > version
+    with pytest.raises(RuntimeError):
+        fused.gate_add(before, gate, before, out=random(8).expand(1, 4, 8))
+
+
 def test_nothing(path):
     for shape in ((0, 3, 8), (2, 0, 8)):
         x, m = torch.empty(shape), torch.zeros(1, 8)

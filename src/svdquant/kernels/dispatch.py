@@ -43,11 +43,12 @@ def device_path(device: torch.device) -> DevicePath:
 
 def backend_of(device: torch.device) -> str:
     """What multiplies on a device: one of `BACKENDS`."""
-    default = "native" if device.type == "cpu" and cpu.available() else "dequantize"
-    backend = os.environ.get("SVDQUANT_BACKEND") or default
+    backend = os.environ.get("SVDQUANT_BACKEND") or "native"
     if backend not in BACKENDS:
         raise SVDQuantError(f"SVDQUANT_BACKEND={backend!r} is not one of {', '.join(BACKENDS)}")
-    return default if backend == "native" else backend
+    if backend == "native" and not (device.type == "cpu" and cpu.available()):
+        return "dequantize"
+    return backend
 
 
 def compute_dtype(x: Tensor, backend: str) -> torch.dtype:
@@ -83,7 +84,8 @@ def svdquant_linear(
     """y = Q(x/s)·Ŵᵀ + (x·Dᵀ)·Uᵀ + b, or its GELU (tanh).
 
     x [..., K] of a floating type, any leading dimensions, none of them required to be non-empty; returns [..., N] in
-    x's type. out: [..., N] of x's type, written and returned instead. Row i depends on row i alone, bit for bit. Raises `SVDQuantError` where K does not fit.
+    x's type. out: [..., N] of x's type, written and returned instead. Row i depends on row i alone, bit for bit.
+    Raises `SVDQuantError` where K or out does not fit.
     """
     if x.shape[-1] != tensors.in_features:
         raise SVDQuantError(f"input has {x.shape[-1]} features, the layer takes {tensors.in_features}")
@@ -93,10 +95,15 @@ def svdquant_linear(
         raise SVDQuantError(f"out is {list(out.shape)} {out.dtype}, the result {wanted}")
     activations = resolve_activations(activations, t.spec, x.device)
     if eager.is_plain(x) and backend_of(x.device) == "native" and cpu.supports(t, activations, x.dtype):
-        rows = None if out is None else _as_rows(out, x)
-        if out is None or rows is not None:
-            y = cpu.svdquant_linear(x, t, activations, gelu, rows)
-            return y.view(*x.shape[:-1], y.shape[-1]) if out is None else out
+        if out is None:
+            y = cpu.svdquant_linear(x, t, activations, gelu)
+            return y.view(*x.shape[:-1], y.shape[-1])
+        rows = _as_rows(out, x)
+        if rows is not None:
+            cpu.svdquant_linear(x, t, activations, gelu, rows)
+            if not out.is_inference():
+                torch.autograd.graph.increment_version(out)
+            return out
     y = torch.ops.svdquant.linear(
         x,
         t.qweight,
@@ -119,12 +126,18 @@ def svdquant_linear(
 
 def _as_rows(out: Tensor, x: Tensor) -> Tensor | None:
     """out [..., N] seen as [M, N] with contiguous rows, or None where a copy would be needed."""
-    if out.dtype != x.dtype or out.stride(-1) != 1 or out.device != x.device:
+    if (
+        not eager.is_plain(out)
+        or out.stride(-1) != 1
+        or out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    ):
         return None
     try:
-        return out.view(-1, out.shape[-1])
+        rows = out.view(-1, out.shape[-1])
     except RuntimeError:
         return None
+    overlap = rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]
+    return None if overlap else rows
 
 
 @torch.library.custom_op("svdquant::linear", mutates_args=())

@@ -21,4 +21,6 @@ def is_plain(x: Tensor) -> bool:
         return False
     if type(x) is not Tensor or x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
         return False
+    if x.is_neg() or x._is_zerotensor():
+        return False
     return not _DISPATCH_MODES() and _FUNCTIONAL() is None and _TRACING() is None

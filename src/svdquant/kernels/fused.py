@@ -64,12 +64,12 @@ def norm_rotate(
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     cosine, sine = (None, None) if rotary is None else (part.to(x.device, torch.float32) for part in rotary)
     weight = None if weight is None else weight.float()
-    fits = out.shape == x.shape and out.stride(-1) == 1 and (weight is None or weight.shape == x.shape[-1:])
+    fits = out.shape == x.shape and _may_hold(out, x) and (weight is None or weight.shape == x.shape[-1:])
     if cosine is not None and sine is not None:
         fits = fits and x.shape[-1] % 2 == 0 and cosine.shape == sine.shape == (x.shape[1], x.shape[3])
     if usable(x, out) and fits:
         cpu.norm_rotate(x, weight, eps, cosine, sine, out)
-        return out
+        return _written(out)
     y = F.rms_norm(x.float(), x.shape[-1:], weight, eps)
     if cosine is not None and sine is not None:
         real, imaginary = y.unflatten(-1, (-1, 2)).unbind(-1)
@@ -84,12 +84,32 @@ def gate_add(residual: Tensor, gate: Tensor, x: Tensor, out: Tensor | None = Non
     """
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     gate = gate.float()
-    alike = x.shape == residual.shape == out.shape and out.stride(-1) == 1
+    alike = x.shape == residual.shape == out.shape and _may_hold(out, residual, x)
     if usable(x, residual, out) and alike and _fits(gate, x):
         cpu.gate_add(residual, gate, x, out)
-        return out
+        return _written(out)
     y = residual.float() + gate[:, None] * x.float()
     return out.copy_(y.clamp(-65504, 65504) if x.dtype == torch.float16 else y)
+
+
+def _may_hold(out: Tensor, *operands: Tensor) -> bool:
+    """Whether results can be written to `out` while operands are read: each is `out` itself or lies elsewhere."""
+    if out.stride(-1) != 1 or any(
+        stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)
+    ):
+        return False
+    return all(
+        (x.data_ptr(), x.stride()) == (out.data_ptr(), out.stride())
+        or x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr()
+        for x in operands
+    )
+
+
+def _written(out: Tensor) -> Tensor:
+    """`out` as autograd counts its changes."""
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+    return out
 
 
 def _fits(modulation: Tensor, x: Tensor) -> bool:

@@ -183,6 +183,8 @@ class W4A16Linear(SVDQuantLinear):
     fixed = (*FIXED_DTYPE, "bias")
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        if x.shape[-1] != self.in_features:
+            raise SVDQuantError(f"input has {x.shape[-1]} features, the layer takes {self.in_features}")
         return w4a16_linear(x, self.qweight, self.wscales, self.bias, self.spec.weights, self.wzeros)
 
 

@@ -14,7 +14,7 @@ from .structures import TYPES, Shape, View
 def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """layer_norm(x)·scale + shift. x [B, L, K]; scale, shift float32 [B or 1, K]; returns a new tensor."""
     x = _dense(x)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = x.new_empty(x.shape)
     scale, shift = scale.contiguous(), shift.contiguous()
     shape, stride = _shape(x, heads=1), _stride(scale)
     operations().svdq_norm_modulate(

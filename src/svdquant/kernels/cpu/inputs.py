@@ -27,7 +27,8 @@ def new_bytes(count: int) -> Tensor:
 
 def plain(t: Tensor) -> Tensor:
     """Contiguous, and of a type that the library reads."""
-    return (t if t.dtype in TYPES else t.float()).resolve_neg().contiguous()
+    floating = t.dtype in TYPES and t.itemsize > 1
+    return (t if floating else t.float()).resolve_neg().contiguous()
 
 
 def check_shape(name: str, t: Tensor | None, *expected: tuple[int, ...]) -> None:
@@ -80,10 +81,12 @@ def describe(x: Tensor, spec: LayerSpec, smooth: Tensor | None, activations: str
     summed = group if 0 < group < BLOCK else BLOCK
     if smooth is not None:
         check_shape("smooth_factor", smooth, (x.shape[1],))
+        if smooth.device.type != "cpu" or not smooth.data_ptr():
+            raise SVDQuantError(f"smooth_factor of a quantized layer is not in memory ({smooth.device})")
         smooth = plain(smooth)
     ranges = None
     if spec.unsigned:
-        edges = [min(edge, x.shape[1]) for segment in spec.unsigned for edge in segment]
+        edges = [max(0, min(edge, x.shape[1])) for segment in spec.unsigned for edge in segment]
         ranges = (ctypes.c_int64 * len(edges))(*edges)
     record = Input(
         rows=x.shape[0],
@@ -111,7 +114,7 @@ def describe(x: Tensor, spec: LayerSpec, smooth: Tensor | None, activations: str
     return Quantized(record, buffer, (smooth, ranges))
 
 
-_threads = threading.local()
+_per_thread = threading.local()
 
 
 def take(x: Tensor, spec: LayerSpec, smooth: Tensor | None, activations: str, operations: Any) -> Quantized:
@@ -125,7 +128,7 @@ def take(x: Tensor, spec: LayerSpec, smooth: Tensor | None, activations: str, op
     r = made.record
     kind = (r.rows, r.features, r.columns, r.x_type, r.bits, r.group, r.sum_group, r.smooth_type, r.rotate, r.format)
     made.kind = (*kind, smooth is None, spec.unsigned)
-    last: _Last | None = _threads.__dict__.pop("last", None)
+    last: _Last | None = _per_thread.__dict__.pop("last", None)
     before = None if last is None else last.made
     if before is not None and before.kind == made.kind:
         made.buffer, made.filled = before.buffer, True
@@ -140,7 +143,7 @@ def take(x: Tensor, spec: LayerSpec, smooth: Tensor | None, activations: str, op
 def give_back(made: Quantized, source: Tensor) -> None:
     """Its codes may serve this thread's next linear."""
     made.keep = ()
-    _threads.last = _Last(made, source)
+    _per_thread.last = _Last(made, source)
 
 
 class _Last:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import SVDQuantError
+from .structures import declare
 from .threads import find_runtime
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 _FILE = "SVDQUANT_CPU_LIBRARY"
 _ISA = "SVDQUANT_CPU_ISA"
 _REPAIR = "`pip install --force-reinstall svdquant`, or compile it by `python -m svdquant.kernels.cpu.build`"
@@ -145,6 +146,10 @@ def _open(path: Path) -> ctypes.CDLL:
     version.restype, version.argtypes = ctypes.c_int32, []
     if version() != ABI_VERSION:
         raise _Broken(f"{path.name} has interface {version()}, this version of svdquant needs {ABI_VERSION}")
+    try:
+        declare(cdll)
+    except AttributeError as error:
+        raise _Broken(f"{path.name} is not a whole library of svdquant ({error})") from error
     available.restype = isa.restype = ctypes.c_char_p
     select.restype, select.argtypes = ctypes.c_int32, [ctypes.c_char_p]
     set_runtime.restype, set_runtime.argtypes = None, [ctypes.c_void_p] * 4

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...config import LayerSpec
+from ...config import MAX_STORED_RANK, LayerSpec
+from ...errors import SVDQuantError
 from ...numerics import SVDQuantTensors, groups_of, padded_columns
 from . import library
 from .inputs import SCRATCH_LIMIT, Quantized, check_shape, describe, give_back, new_bytes, plain, take
-from .structures import BLOCK, FORMATS, TYPES, UNSIGNED_INT4, Weight, declare
+from .structures import BLOCK, FORMATS, TYPES, UNSIGNED_INT4, Weight
 
 _GROUPS = (16, 32, 64, 128, 256)
 # Multiplications that one thread makes in some microseconds.
@@ -23,9 +24,9 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @lru_cache(maxsize=1)
 def operations() -> Any:
-    """The library with its operations declared, or None."""
+    """The library's functions, or None."""
     loaded = library.load()
-    return None if loaded is None else declare(loaded.cdll)
+    return None if loaded is None else loaded.cdll
 
 
 def supports(tensors: SVDQuantTensors, activations: str, dtype: torch.dtype) -> bool:
@@ -37,15 +38,19 @@ def supports(tensors: SVDQuantTensors, activations: str, dtype: torch.dtype) -> 
         return False
     if activations == tensors.spec.weights and group > BLOCK:
         return False  # its activations have groups as large
+    if tensors.proj_down is not None and tensors.proj_down.shape[0] > MAX_STORED_RANK:
+        return False
     return tensors.qweight.device.type == "cpu" and operations() is not None
 
 
 def supports_weight_only(qweight: Tensor, wscales: Tensor, dtype: torch.dtype, weights: str) -> bool:
     """The same of a product with 16-bit activations."""
     columns, groups = _columns(qweight, weights), wscales.shape[-1]
-    group = columns // groups
-    whole = groups == 1 or (columns % groups == 0 and (group == 16 or group % 32 == 0))
-    return dtype in _FLOATS and whole and qweight.device.type == "cpu" and operations() is not None
+    group, step = columns // groups, 64 if weights == "int8" else 128
+    # Groups fill a step's lanes evenly, or steps a group.
+    even = columns % groups == 0 and group >= 16 and (step % group == 0 or group % step == 0)
+    known = dtype in _FLOATS and (groups == 1 or even)
+    return known and qweight.device.type == "cpu" and operations() is not None
 
 
 def _columns(qweight: Tensor, weights: str) -> int:
@@ -53,16 +58,19 @@ def _columns(qweight: Tensor, weights: str) -> int:
 
 
 def describe_weight(tensors: SVDQuantTensors) -> tuple[Weight, tuple[Tensor, ...]]:
-    """The weight's record, and the tensors that it points to."""
-    kept: list[Tensor] = []
+    """The weight's record, and copies that it points to and that must outlive it."""
+    copies: list[Tensor] = []
 
     def pointer(t: Tensor | None) -> tuple[int | None, int]:
         if t is None:
             return None, 0
-        if t.dtype not in (torch.uint8, torch.int8):
-            t = plain(t)
-        kept.append(t.contiguous())
-        return kept[-1].data_ptr(), TYPES.get(t.dtype, 0)
+        if t.device.type != "cpu" or (t.numel() and not t.data_ptr()):
+            raise SVDQuantError(f"a tensor of shape {list(t.shape)} of a quantized layer is not in memory ({t.device})")
+        # Codes of weights and 8-bit scales are read as they are.
+        read = t.contiguous() if t is tensors.qweight or (t is tensors.wscales and t.dtype in TYPES) else plain(t)
+        if read.data_ptr() != t.data_ptr():
+            copies.append(read)
+        return read.data_ptr(), TYPES.get(read.dtype, 0)
 
     t, spec = tensors, tensors.spec
     rank = 0 if t.proj_down is None or t.proj_up is None else t.proj_down.shape[0]
@@ -93,7 +101,7 @@ def describe_weight(tensors: SVDQuantTensors) -> tuple[Weight, tuple[Tensor, ...
         up_type=up_type,
         bias_type=bias_type,
     )
-    return weight, tuple(kept)
+    return weight, tuple(copies)
 
 
 def _check(t: SVDQuantTensors, rank: int) -> None:
@@ -114,10 +122,9 @@ def _check(t: SVDQuantTensors, rank: int) -> None:
 
 def _addresses(t: SVDQuantTensors) -> tuple[Any, ...]:
     """What a weight's record was made from; another one has other addresses or types."""
-    parts = (t.qweight, t.wscales, t.wcscales, t.proj_down, t.proj_up, t.bias, t.wzeros)
-    return tuple(
-        None if p is None else (p.data_ptr(), p.dtype, p.shape, p.is_contiguous() and not p.is_neg()) for p in parts
-    )
+    parts: tuple[Tensor | None, ...] = (t.qweight, t.wscales, t.wcscales, t.proj_down, t.proj_up, t.bias, t.wzeros)
+    known = (None if p is None else (p.data_ptr(), p.dtype, p.shape, p.is_contiguous(), p.is_neg()) for p in parts)
+    return t.in_features, *known
 
 
 def _weight(tensors: SVDQuantTensors) -> tuple[Weight, tuple[Tensor, ...]]:
@@ -126,11 +133,11 @@ def _weight(tensors: SVDQuantTensors) -> tuple[Weight, tuple[Tensor, ...]]:
     known = tensors.memory.get("cpu")
     if known is not None and known[0] == addresses and known[2] is tensors.spec:
         return known[1], ()
-    weight, kept = describe_weight(tensors)
-    # A copy that had to be made dies with this call, so its address must not be remembered.
-    if all(part is None or (part[3] and part[1] != torch.float64) for part in addresses):
+    weight, copies = describe_weight(tensors)
+    # Copies die with this call, so their addresses must not be remembered.
+    if not copies:
         tensors.memory["cpu"] = (addresses, weight, tensors.spec)
-    return weight, kept
+    return weight, copies
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -198,7 +205,7 @@ def w4a16_linear(
     ops, x = operations(), _rows(x)
     y = x.new_empty(x.shape[0], qweight.shape[0])
     columns = _columns(qweight, weights)
-    group = 0 if weights == "int8" and wscales.shape[1] == 1 else columns // wscales.shape[1]
+    group = columns // wscales.shape[1]
     spec = LayerSpec(kind="w4a16", weights=weights, group_size=group, rank=0)
     weight, kept = describe_weight(SVDQuantTensors(spec, x.shape[1], qweight, wscales, bias=bias, wzeros=wzeros))
     weight.group = 0 if weight.groups == 1 else group

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define SVDQ_ABI_VERSION 1
+#define SVDQ_ABI_VERSION 2
 
 #if defined(_WIN32)
 #define SVDQ_PUBLIC __declspec(dllexport)

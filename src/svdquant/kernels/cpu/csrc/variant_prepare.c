@@ -17,11 +17,12 @@ int64_t SVDQ_NAME(input_bytes)(svdq_input* in) {
   const int64_t codes = in->blocks * in->all_rows * SVDQ_BLOCK;
   const int64_t scales = (in->bits == 8 ? 1 : padded(in) / in->group) * in->all_rows * (int64_t)sizeof(float);
   const int64_t sums = padded(in) / in->sum_group * in->all_rows * (int64_t)sizeof(int32_t);
-  in->codes = in->buffer;
-  in->scales = (float*)((uint8_t*)in->buffer + codes);
-  in->sums = (int32_t*)((uint8_t*)in->scales + scales);
+  const uintptr_t base = (uintptr_t)in->buffer; /* NULL while the size is asked for */
+  in->codes = (int8_t*)base;
+  in->scales = (float*)(base + codes);
+  in->sums = (int32_t*)(base + codes + scales);
   const int64_t before = round_up(codes + scales + sums, 64);
-  in->seen = (uint64_t*)((uint8_t*)in->buffer + before);
+  in->seen = (uint64_t*)(base + before);
   return before + (in->rows + 1) * 2 * (int64_t)sizeof(uint64_t);
 }
 
@@ -234,11 +235,12 @@ static void quantize_shift(const svdq_input* in, const float* shift, const float
 INLINE vu32 mixed(vu32 sum, const uint8_t* p) {
   vu32 v;
   memcpy(&v, p, sizeof v);
-  v = (sum ^ v) * 0x9e3779b1u;
+  v *= 0x85ebca77u;
+  v = (sum ^ v ^ (v >> 15)) * 0x9e3779b1u;
   return v ^ (v >> 15);
 }
 
-/* 128 bits that a change anywhere changes. */
+/* 64 sums of 32 bits, folded to 128: a change of one element always changes them, of several all but never. */
 static void checksum(const void* data, int64_t bytes, uint64_t out[2]) {
   enum { TOGETHER = 4 };
   vu32 sums[TOGETHER] = {{0}, {1}, {2}, {3}};

@@ -31,6 +31,7 @@ static int64_t linear_bytes(const svdq_input* in, const svdq_weight* weight) {
 
 static void linear(svdq_input* in, const svdq_weight* weight, int32_t fresh, int32_t gelu, void* y, int64_t y_stride,
                    int32_t y_type, void* scratch) {
+  if (in->rows <= 0) return;
   void* low = scratch;
   void* rest = (uint8_t*)scratch + aligned(SVDQ_NAME(low_bytes)(in, weight));
   SVDQ_NAME(input_bytes)(in);

@@ -213,11 +213,11 @@ static const format_kernels of_format[2][4] = {
 #endif
 };
 
-/* 16 bytes of e4m3: its exponent and mantissa are those of a float32 that is 2^120 times too small. */
 INLINE vf32 widen_e4m3(vu8 codes) {
-  vu32 v = __builtin_convertvector(codes, vu32);
-  vf32 value = (vf32)((v & 127) << 20) * 0x1p120f;
-  value = choose((vi32)((v & 127) == 127), splat(__builtin_nanf("")), value);
+  const vu32 v = __builtin_convertvector(codes, vu32), magnitude = v & 127;
+  vf32 value = (vf32)((magnitude << 20) + (120u << 23));
+  value = choose((vi32)(magnitude < 8), __builtin_convertvector(magnitude, vf32) * 0x1p-9f, value);
+  value = choose((vi32)(magnitude == 127), splat(__builtin_nanf("")), value);
   return (vf32)((vu32)value | (v & 128) << 24);
 }
 

@@ -78,11 +78,11 @@ INLINE void store_some_from_f32(void* base, int64_t index, int32_t type, vf32 va
 }
 
 INLINE float e4m3_value(uint8_t code) {
-  /* Its exponent and mantissa are those of a float32 that is 2^120 times too small. */
-  const uint32_t bits = (uint32_t)(code & 127) << 20;
+  const uint32_t magnitude = code & 127, bits = (magnitude << 20) + (120u << 23);
   float value;
   memcpy(&value, &bits, 4);
-  value = (code & 127) == 127 ? __builtin_nanf("") : value * 0x1p120f;
+  if (magnitude < 8) value = (float)magnitude * 0x1p-9f;
+  if (magnitude == 127) value = __builtin_nanf("");
   return code & 128 ? -value : value;
 }
 
