@@ -19,6 +19,9 @@ from .structures import BLOCK, FORMATS, TYPES, Input
 ACTIVATION_GROUP = 64
 # Bytes of codes at a time: an input that has more is multiplied in parts.
 SCRATCH_LIMIT = 32 << 20
+# Bytes of codes, and as many of scratch, that a thread keeps for its next product: what the system gives back has to be
+# mapped again, page by page.
+KEPT = 8 << 20
 
 
 def new_bytes(count: int) -> Tensor:
@@ -131,10 +134,13 @@ def take(x: Tensor, spec: LayerSpec, smooth: Tensor | None, activations: str, op
     last: _Last | None = _per_thread.__dict__.pop("last", None)
     before = None if last is None else last.made
     if before is not None and before.kind == made.kind:
-        made.buffer, made.filled = before.buffer, True
+        made.buffer, made.filled = before.buffer, before.filled
     else:
+        size, made.buffer = operations.svdq_input_bytes(byref(r)), None if before is None else before.buffer
         last = before = None  # frees its codes before others are made
-        made.buffer = new_bytes(operations.svdq_input_bytes(byref(r)))
+        if made.buffer is None or not size <= made.buffer.numel() <= KEPT:
+            made.buffer = None
+            made.buffer = new_bytes(size)
     assert made.buffer is not None
     r.buffer = made.buffer.data_ptr()
     return made
@@ -154,4 +160,18 @@ class _Last:
         self.source = weakref.ref(source, self._forget)
 
     def _forget(self, _source: weakref.ref[Tensor]) -> None:
-        self.made = None
+        made = self.made
+        if made is not None and made.buffer is not None and made.buffer.numel() <= KEPT:
+            made.filled = False
+        else:
+            self.made = None
+
+
+def scratch(size: int) -> Tensor:
+    """At least `size` bytes for one call; what they hold is the next call's."""
+    kept: Tensor | None = getattr(_per_thread, "scratch", None)
+    if kept is None or kept.numel() < size:
+        kept = new_bytes(size)
+        if size <= KEPT:
+            _per_thread.scratch = kept
+    return kept

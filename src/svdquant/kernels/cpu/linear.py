@@ -13,7 +13,7 @@ from ...config import MAX_STORED_RANK, LayerSpec
 from ...errors import SVDQuantError
 from ...numerics import SVDQuantTensors, groups_of, padded_columns
 from . import library
-from .inputs import SCRATCH_LIMIT, Quantized, check_shape, describe, give_back, new_bytes, plain, take
+from .inputs import SCRATCH_LIMIT, Quantized, check_shape, describe, give_back, plain, scratch, take
 from .structures import BLOCK, FORMATS, TYPES, UNSIGNED_INT4, Weight
 
 _GROUPS = (16, 32, 64, 128, 256)
@@ -181,7 +181,7 @@ def svdquant_linear(
         made = take(rows, tensors.spec, tensors.smooth_factor, activations, ops)
         made.record.threads = _threads(rows.shape[0] * weight.columns * weight.outputs)
         record = byref(made.record)
-        scratch = new_bytes(ops.svdq_linear_bytes(record, byref(weight)))
+        work = scratch(ops.svdq_linear_bytes(record, byref(weight)))
         ops.svdq_linear(
             record,
             byref(weight),
@@ -190,7 +190,7 @@ def svdquant_linear(
             out.data_ptr(),
             out.stride(0),
             TYPES[out.dtype],
-            scratch.data_ptr(),
+            work.data_ptr(),
         )
         made.filled = True
         give_back(made, source)
@@ -214,9 +214,9 @@ def w4a16_linear(
         rows, out = x[start : start + part], y[start : start + part]
         made = describe(rows, spec, None, "int8", None)
         made.record.threads = _threads(rows.shape[0] * columns * y.shape[1])
-        scratch = new_bytes(ops.svdq_weight_only_bytes(byref(made.record), byref(weight)))
+        work = scratch(ops.svdq_weight_only_bytes(byref(made.record), byref(weight)))
         ops.svdq_weight_only(
-            byref(made.record), byref(weight), out.data_ptr(), out.stride(0), TYPES[out.dtype], scratch.data_ptr()
+            byref(made.record), byref(weight), out.data_ptr(), out.stride(0), TYPES[out.dtype], work.data_ptr()
         )
     del kept
     return y
