@@ -11,7 +11,9 @@ from typing import Any
 from .device import Call, Device
 
 # Shorter samples are lost in the clock and in what other threads still do.
-SAMPLE_SECONDS = 0.02
+SAMPLE_SECONDS = 0.06
+# More calls than this are copies that are to be found cold; two are two inputs of one layer.
+_WARM = 2
 # A call as long as this needs no call before it to bring its data back into the caches.
 _LONG = 0.1
 _MOST_REPEATS = 100_000
@@ -54,7 +56,7 @@ def measure(
     """Seconds per call of each contender, one number per round.
 
     A sample repeats the call until `sample_seconds` have passed, after one call that brings its data into the caches
-    (none where there are several calls, which are to be found cold). The order rotates from round to round and runs
+    (none where there are many calls, which are to be found cold). The order rotates from round to round and runs
     backwards in every second one, so that nobody always follows the same neighbour.
     """
     repeats = {c.name: _repeats(c, device, sample_seconds) for c in contenders}
@@ -63,8 +65,8 @@ def measure(
         if progress is not None:
             progress(number, rounds)
         for contender in in_order(contenders, number):
-            if repeats[contender.name] > 1 and len(contender.calls) == 1:
-                device.seconds(contender.calls, 1)
+            if len(contender.calls) <= _WARM:
+                device.seconds(contender.calls, len(contender.calls))
             samples[contender.name].append(device.seconds(contender.calls, repeats[contender.name]))
     return samples
 

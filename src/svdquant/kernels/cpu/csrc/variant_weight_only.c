@@ -6,7 +6,7 @@
 #include "isa.h"
 #include "parallel.h"
 
-enum { STEP_BYTES = 64, OUTPUTS_PER_TASK = 16, ROWS_PER_TASK = 96, FEW = 4 };
+enum { STEP_BYTES = 64, OUTPUTS_PER_TASK = 64, ROWS_PER_TASK = 96, FEW = 4 };
 /* Rows of weights and of x whose sums the registers hold. */
 enum { TOGETHER = SVDQ_WIDE ? 4 : 2, SEVERAL = SVDQ_WIDE ? 3 : 2 };
 
