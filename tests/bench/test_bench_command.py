@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib.util
 import json
 import subprocess
 import sys
@@ -40,8 +41,9 @@ def bench(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_small_run(bench: Callable, tmp_path: Path) -> None:
+    plotted = importlib.util.find_spec("matplotlib") is not None
     code, out, err = bench(*SMALL, "--peers", "none", "-o", tmp_path / "a" / "b")
-    assert (code, err) == (0, "")
+    assert code == 0 and (err == "" or (not plotted and "matplotlib is not installed" in err))
     assert "layers 8x128x64" in out and "ours W4A8 rank 8" in out and "× torch bf16" in out
     folder = tmp_path / "a" / "b"
     assert {file.name for file in folder.iterdir()} <= {"results.json", "results.md", "results.png"}
