@@ -279,17 +279,15 @@ static void task(void* pointer, int64_t index, int32_t worker) {
   const svdq_input* in = c->in;
   const int64_t first = index * ROWS_PER_TASK;
   const int64_t last = first + ROWS_PER_TASK < in->rows ? first + ROWS_PER_TASK : in->rows;
-  {
-    float* h = c->rows + worker * padded(in);
-    const int64_t size = element_bytes(in->x_type);
-    for (int64_t row = first; row < last; row++) {
-      const uint8_t* x = (const uint8_t*)in->x + row * in->x_stride * size;
-      if (unchanged(x, in->features * size, 0, in->seen + 2 * row, c->fresh)) continue;
-      memset(h + in->features / LANES * LANES, 0, (padded(in) - in->features / LANES * LANES) * sizeof(float));
-      float largest = smooth_row(c, row, h);
-      if (in->bits == 8) quantize_row8(in, row, h, largest);
-      else quantize_row4(in, row, h);
-    }
+  float* h = c->rows + worker * padded(in);
+  const int64_t size = element_bytes(in->x_type);
+  for (int64_t row = first; row < last; row++) {
+    const uint8_t* x = (const uint8_t*)in->x + row * in->x_stride * size;
+    if (unchanged(x, in->features * size, 0, in->seen + 2 * row, c->fresh)) continue;
+    memset(h + in->features / LANES * LANES, 0, (padded(in) - in->features / LANES * LANES) * sizeof(float));
+    float largest = smooth_row(c, row, h);
+    if (in->bits == 8) quantize_row8(in, row, h, largest);
+    else quantize_row4(in, row, h);
   }
   if (c->weight) SVDQ_NAME(down_rows)(&c->down, first, last, worker);
 }
@@ -299,26 +297,24 @@ void SVDQ_NAME(prepare)(const svdq_input* in, int32_t fresh, const svdq_weight* 
   context c = {.in = in, .weight = weight && weight->rank ? weight : NULL};
   const int64_t smooth_bytes = in->smooth ? in->features * element_bytes(in->smooth_type) : 0;
   c.fresh = !unchanged(in->smooth, smooth_bytes, (uint64_t)code_offset(in->format), in->seen + 2 * in->rows, fresh);
-  {
-    float* factor = scratch;
-    float* shift = factor + columns;
-    c.rows = shift + columns;
-    if (in->smooth) {
-      for (int64_t k = 0; k < columns; k += LANES) {
-        vf32 s = load_some_as_f32(in->smooth, k, in->smooth_type, in->features - k);
-        store_f32(factor + k, in->bits == 8 ? 1 / s : s);
-      }
-      /* Divisors of the padding, which is zero. */
-      for (int64_t k = in->features; k < columns; k++) factor[k] = 1;
-      c.factor = factor;
+  float* factor = scratch;
+  float* shift = factor + columns;
+  c.rows = shift + columns;
+  if (in->smooth) {
+    for (int64_t k = 0; k < columns; k += LANES) {
+      vf32 s = load_some_as_f32(in->smooth, k, in->smooth_type, in->features - k);
+      store_f32(factor + k, in->bits == 8 ? 1 / s : s);
     }
-    if (in->range_count) {
-      memset(shift, 0, columns * sizeof(float));
-      for (int32_t i = 0; i < in->range_count; i++)
-        for (int64_t k = in->ranges[2 * i]; k < in->ranges[2 * i + 1]; k++) shift[k] = in->shift;
-      if (in->bits == 4) c.shift = shift;
-      else if (c.fresh) quantize_shift(in, shift, c.factor, c.rows);
-    }
+    /* Divisors of the padding, which is zero. */
+    for (int64_t k = in->features; k < columns; k++) factor[k] = 1;
+    c.factor = factor;
+  }
+  if (in->range_count) {
+    memset(shift, 0, columns * sizeof(float));
+    for (int32_t i = 0; i < in->range_count; i++)
+      for (int64_t k = in->ranges[2 * i]; k < in->ranges[2 * i + 1]; k++) shift[k] = in->shift;
+    if (in->bits == 4) c.shift = shift;
+    else if (c.fresh) quantize_shift(in, shift, c.factor, c.rows);
   }
   if (c.weight) SVDQ_NAME(down_begin)(&c.down, in, weight, low, (uint8_t*)scratch + own_bytes(in));
   svdq_parallel_for((in->rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK, in->threads, task, &c);
