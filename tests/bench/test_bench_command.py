@@ -73,9 +73,9 @@ def test_json_and_no_matplotlib(bench: Callable, tmp_path: Path, monkeypatch: py
     [
         (["--shape", "64x64"], "shape '64x64' is not MxKxN"),
         (["--peers", "torchao,onnx"], "--peers 'torchao,onnx' names no peer"),
-        (["--suite", "gpus"], "--suite 'gpus' is none of layers, blocks, pipeline or all"),
+        (["--suite", "gpus"], "--suite 'gpus' is none of layers, blocks, pipeline, gpu or all"),
         (["--dtype", "int3"], "--dtype 'int3' is none of bf16, fp16, fp32"),
-        (["--device", "tpu"], "--device 'tpu' has no benchmark yet"),
+        (["--device", "tpu"], "--device 'tpu' has no benchmark but --suite gpu"),
         (["--rank", "300"], "rank=300 is outside 0-256"),
         (["--shape", "4x64x64", "--rank", "65"], "rank 65 exceeds a layer of shape 4x64x64"),
         (["--rounds", "0"], "--rounds"),

@@ -63,8 +63,9 @@ class Remote:
             r.x: ((r.rows - 1) * r.x_stride + r.features) * _BYTES[r.x_type] if r.rows else 0,
             r.smooth: r.features * _BYTES[r.smooth_type],
             r.ranges: 16 * r.range_count,
+            r.low_scales: 4 * w.rank * ((r.low_first + r.rows - 1) // max(r.low_rows, 1) + 1),
         }
-        for pointer in (r.x, r.smooth, r.ranges):
+        for pointer in (r.x, r.smooth, r.ranges, r.low_scales):
             self._part(None if pointer is None else ctypes.string_at(pointer, elements[pointer]))
         scales = w.outputs * w.groups
         for pointer, count, kind in (

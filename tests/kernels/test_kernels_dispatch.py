@@ -91,7 +91,9 @@ def test_backend_from_the_environment(monkeypatch):
     assert device_path(CPU).backend == fastest
     for backend in BACKENDS:
         monkeypatch.setenv("SVDQUANT_BACKEND", backend)
-        assert device_path(CPU).backend == (fastest if backend == "native" else backend)
+        # Triton's interpreter, which these tests run under, takes CPU tensors for those who ask for a product of a GPU.
+        expected = {"native": fastest, "dequantize": "dequantize", "reference": "reference"}.get(backend, "triton")
+        assert device_path(CPU).backend == expected
     monkeypatch.setenv("SVDQUANT_BACKEND", "cutlass")
     with pytest.raises(SVDQuantError, match="SVDQUANT_BACKEND='cutlass' is not one of"):
         device_path(CPU)
@@ -105,7 +107,7 @@ def test_the_reference_is_the_more_exact_backend(monkeypatch):
     x = reference64.random_inputs(tensors.spec, 32, 128, torch.bfloat16)
     expected, _ = reference64.layer(tensors).forward(x.double().numpy(), "none", torch.bfloat16)
     errors = {}
-    for backend in BACKENDS:
+    for backend in ("native", "dequantize", "reference"):
         monkeypatch.setenv("SVDQUANT_BACKEND", backend)
         errors[backend] = reference64.relative(svdquant_linear(x, tensors, "none").double().numpy(), expected)
     assert errors["reference"] < 2.5e-3 and errors["reference"] < errors["dequantize"] < 6e-3

@@ -150,21 +150,6 @@ def test_copies(quantized: Path) -> None:
         assert twin.config == model.config and twin is not model
 
 
-def test_adapters_are_announced(quantized: Path) -> None:
-    from svdquant.nunchaku.lora.flux.compose import compose_lora
-
-    model = load(quantized)
-    calls = (
-        lambda: model.update_lora_params("lora.safetensors"),
-        lambda: model.set_lora_strength(0.5),
-        lambda: model.reset_lora(),
-        lambda: compose_lora([("a.safetensors", 1.0)]),
-    )
-    for call in calls:
-        with pytest.raises(SVDQuantError, match="comes with adapters"):
-            call()
-
-
 def test_offload_on_a_cpu_changes_nothing(quantized: Path, tmp_path: Path) -> None:
     plain, offloaded = load(quantized), load(quantized, offload=True)
     assert torch.equal(tiny.run(offloaded.to("cpu")), tiny.run(plain))

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -91,11 +92,76 @@ class CPU:
         }
 
 
+class CUDA:
+    """An NVIDIA or AMD GPU, timed by its own events."""
+
+    name = "cuda"
+
+    def __init__(self, index: int = 0) -> None:
+        self.torch = torch.device("cuda", index)
+        torch.cuda.set_device(self.torch)
+
+    def seconds(self, calls: Sequence[Call], repeats: int) -> float:
+        count = len(calls)
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.torch)
+        began.record()
+        for number in range(repeats):
+            calls[number % count]()
+        ended.record()
+        ended.synchronize()
+        milliseconds: float = began.elapsed_time(ended)
+        return milliseconds / 1e3 / repeats
+
+    def resident(self) -> int | None:
+        return torch.cuda.memory_allocated(self.torch)
+
+    def peak(self, call: Call) -> int | None:
+        torch.cuda.synchronize(self.torch)
+        torch.cuda.reset_peak_memory_stats(self.torch)
+        before = torch.cuda.memory_allocated(self.torch)
+        result = call()
+        torch.cuda.synchronize(self.torch)
+        highest = torch.cuda.max_memory_allocated(self.torch)
+        del result
+        return max(highest - before, 0)
+
+    def describe(self) -> dict[str, Any]:
+        p = torch.cuda.get_device_properties(self.torch)
+        return {
+            "device": str(self.torch),
+            "name": p.name,
+            "capability": f"{p.major}.{p.minor}",
+            "multiprocessors": p.multi_processor_count,
+            "memory": p.total_memory,
+            "l2": getattr(p, "L2_cache_size", None),
+            "cuda": torch.version.cuda or torch.version.hip,
+            "platform": platform.platform(),
+            **_nvidia(self.torch.index),
+        }
+
+
+def _nvidia(index: int) -> dict[str, str]:
+    """What the driver says of a GPU; empty without its tool. `index` counts the GPUs that this process may use."""
+    fields = ("driver_version", "power.limit", "clocks.max.sm", "clocks.sm", "temperature.gpu")
+    visible = [part.strip() for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part.strip()]
+    name = visible[index] if index < len(visible) else str(index)
+    command = ["nvidia-smi", "-i", name, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(fields, (value.strip() for value in done.stdout.split(",")), strict=False))
+
+
 def make_device(name: str, threads: int | None) -> Device:
-    """The device called `name`, of those that there is a suite for."""
-    if name != "cpu":
+    """The device called `name`: "cpu", "cuda" or "cuda:1". Raises `ValueError` for others and for those not there."""
+    if name == "cpu":
+        return CPU(threads)
+    device = torch.device(name)
+    if device.type != "cuda" or not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(name)
-    return CPU(threads)
+    return CUDA(device.index or 0)
 
 
 def _status(field: str) -> int | None:

@@ -69,8 +69,19 @@ class Case:
 
 
 @dataclass
+class Target:
+    """What was to be reached. met: None where it could not be evaluated; detail: how the value came about."""
+
+    name: str
+    wanted: str
+    value: float | None
+    met: bool | None
+    detail: str = ""
+
+
+@dataclass
 class Results:
-    """A whole run."""
+    """A whole run. notes: what was left out or failed, of suites that go on in spite of it."""
 
     command: str
     machine: dict[str, Any]
@@ -79,6 +90,8 @@ class Results:
     began: str
     cases: list[Case] = field(default_factory=list)
     seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    targets: list[Target] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}

@@ -21,14 +21,16 @@ from .settings import Settings
 
 Suite = Callable[[Settings, Device], list[Case]]
 SUITES: dict[str, Suite] = {"layers": run_layers, "blocks": run_blocks, "pipeline": run_pipelines}
+# Of its own kind: `bench.gpu`.
+GPU = "gpu"
 
 
 def choose_suites(text: str) -> list[str]:
-    """Suites by name, or "all". Raises `SVDQuantError` for an unknown one."""
+    """Suites by name, or "all" of a CPU's. Raises `SVDQuantError` for an unknown one."""
     if text == "all":
         return list(SUITES)
-    if text not in SUITES:
-        raise SVDQuantError(f"--suite {text!r} is none of {', '.join(SUITES)} or all")
+    if text not in (*SUITES, GPU):
+        raise SVDQuantError(f"--suite {text!r} is none of {', '.join(SUITES)}, {GPU} or all")
     return [text]
 
 
@@ -59,11 +61,17 @@ def run(suites: list[str], settings: Settings, device: Device, command: str) -> 
 
 def save(results: Results, folder: Path) -> tuple[list[Path], str | None]:
     """Writes results.json, results.md and results.png; (files, why there is no plot or None)."""
-    files = [folder / "results.json", folder / "results.md"]
-    files[0].write_text(json.dumps(results.to_dict(), indent=1) + "\n", encoding="utf-8")
-    files[1].write_text(markdown(results), encoding="utf-8")
+    files = write(results, folder)
     picture = folder / "results.png"
     missing = plot(results, picture)
     if missing is None:
         files.append(picture)
     return files, missing
+
+
+def write(results: Results, folder: Path) -> list[Path]:
+    """results.json and results.md alone, which may be done at any time of a run."""
+    files = [folder / "results.json", folder / "results.md"]
+    files[0].write_text(json.dumps(results.to_dict(), indent=1) + "\n", encoding="utf-8")
+    files[1].write_text(markdown(results), encoding="utf-8")
+    return files

@@ -22,6 +22,7 @@ _VARIABLES = (
     "SVDQUANT_CPU_LIBRARY",
     "SVDQUANT_CPU_ISA",
     "SVDQUANT_FUSE",
+    "TRITON_INTERPRET",
     DEBUG,
     "HF_HOME",
     "HF_HUB_CACHE",
@@ -137,7 +138,10 @@ def _paths(device: Any) -> dict[str, Any]:
     from ..kernels import device_path
 
     path = device_path(device)
-    return {"backend": path.backend, "activations": dict(path.auto), "why": path.why}
+    found = {"backend": path.backend, "activations": dict(path.auto), "why": path.why}
+    if path.products:
+        found["products"] = {precision: list(names) for precision, names in path.products.items()}
+    return found
 
 
 def _memory() -> int | None:
@@ -164,6 +168,8 @@ def _free(folder: Path) -> int | None:
 def _warnings(devices: list[dict[str, Any]], cache: Path) -> list[str]:
     import torch
 
+    from ..kernels.gpu import missing
+
     out = []
     has_driver = Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi") is not None
     if has_driver and not torch.cuda.is_available():
@@ -177,6 +183,9 @@ def _warnings(devices: list[dict[str, Any]], cache: Path) -> list[str]:
                 f"torch was built for CUDA {torch.version.cuda}, but sees no GPU: update the driver, or check "
                 "CUDA_VISIBLE_DEVICES and the container's GPU option"
             )
+    kernels = missing()
+    if kernels is not None and any(device["device"].startswith(("cuda", "xpu")) for device in devices):
+        out.append(f"GPUs dequantize and are slower: {kernels}")
     cpu = devices[0]
     if len(devices) == 1 and cpu["instructions"] and not any("vnni" in f or "amx" in f for f in cpu["instructions"]):
         out.append("no GPU, and a CPU without VNNI or AMX: pictures of large models will take many minutes")
@@ -212,7 +221,9 @@ def _text(found: dict[str, Any]) -> str:
         threads = f", {device['threads']} threads" if "threads" in device else ""
         lines.append(f"{device['device']}  {device['name']}{memory}{threads}" + (f", {extra}" if extra else ""))
         for weights, activations in device["activations"].items():
-            lines.append(f"    {weights:6} weights → {activations} activations, {device['backend']}")
+            products = device.get("products", {}).get(activations)
+            by = f"product {', else '.join(dict.fromkeys(products))}" if products else device["backend"]
+            lines.append(f"    {weights:6} weights → {activations} activations, {by}")
         lines.append(f"    {device['why']}")
         if "library" in device:
             lines.append(f"    {_library(device['library'])}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,43 +12,57 @@ from torch import Tensor
 from ..config import ACTIVATIONS, LayerSpec
 from ..errors import SVDQuantError
 from ..numerics import SVDQuantTensors, dequantize_weight
-from . import cpu, eager, reference
+from . import cpu, eager, gpu, reference
 
-BACKENDS = ("native", "dequantize", "reference")
+# What SVDQUANT_BACKEND may hold: the compiled kernels of the device, the path of last resort, the truth, or one product
+# of a GPU, which then multiplies wherever it can.
+BACKENDS = ("native", "dequantize", "reference", *gpu.PRODUCTS)
 
 
 @dataclass(frozen=True)
 class DevicePath:
-    """How one device multiplies: backend, what "auto" activations mean per stored weight format, and why."""
+    """How one device multiplies.
+
+    backend: "native" (a CPU's library), "triton" (a GPU's kernels), "dequantize" or "reference".
+    auto: what "auto" activations mean per stored weight format; why: in words.
+    products: of a GPU, per precision of the activations, in the order in which they are tried.
+    """
 
     backend: str
     auto: dict[str, str]
     why: str
+    products: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def device_path(device: torch.device) -> DevicePath:
     """The path of a device; `SVDQUANT_BACKEND` overrides the backend."""
     backend = backend_of(device)
-    eight_bit = {"int4": "int8", "nvfp4": "int8", "int8": "int8"}
+    auto = {"int4": "int8", "nvfp4": "int8", "int8": "int8"}
+    why = {"cpu": "a CPU multiplies 8-bit integers at best"}.get(device.type, "8-bit activations run everywhere")
     if device.type == "cuda" and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(device)
+        why = f"sm_{major}{minor} has no 4-bit tensor cores: 8-bit activations"
         if (7, 5) <= (major, minor) <= (8, 9):
-            return DevicePath(backend, eight_bit | {"int4": "int4"}, f"sm_{major}{minor} has int4 tensor cores")
-        if major in (10, 12):
-            return DevicePath(backend, eight_bit | {"nvfp4": "nvfp4"}, f"sm_{major}{minor} has nvfp4 tensor cores")
-        return DevicePath(backend, eight_bit, f"sm_{major}{minor} has no 4-bit tensor cores: 8-bit activations")
-    why = {"cpu": "a CPU multiplies 8-bit integers at best"}.get(device.type, "8-bit activations run everywhere")
-    return DevicePath(backend, eight_bit, why)
+            auto["int4"], why = "int4", f"sm_{major}{minor} has int4 tensor cores"
+        elif major in (10, 12):
+            auto["nvfp4"], why = "nvfp4", f"sm_{major}{minor} has nvfp4 tensor cores"
+    if backend != "triton":
+        return DevicePath(backend, auto, why)
+    first = gpu.forced()
+    products = {precision: ((first,) if first else ()) + order for precision, order in gpu.ORDER.items()}
+    return DevicePath(backend, auto, why, products)
 
 
 def backend_of(device: torch.device) -> str:
-    """What multiplies on a device: one of `BACKENDS`."""
+    """What multiplies on a device: "native" (a CPU's library), "triton", "dequantize" or "reference"."""
     backend = os.environ.get("SVDQUANT_BACKEND") or "native"
     if backend not in BACKENDS:
         raise SVDQuantError(f"SVDQUANT_BACKEND={backend!r} is not one of {', '.join(BACKENDS)}")
-    if backend == "native" and not (device.type == "cpu" and cpu.available()):
-        return "dequantize"
-    return backend
+    if backend in ("dequantize", "reference"):
+        return backend
+    if gpu.active(device):
+        return "triton"
+    return "native" if device.type == "cpu" and cpu.available() else "dequantize"
 
 
 def compute_dtype(x: Tensor, backend: str) -> torch.dtype:
@@ -80,12 +94,14 @@ def svdquant_linear(
     activations: str = "auto",
     gelu: bool = False,
     out: Tensor | None = None,
+    low_scales: Tensor | None = None,
 ) -> Tensor:
-    """y = Q(x/s)·Ŵᵀ + (x·Dᵀ)·Uᵀ + b, or its GELU (tanh).
+    """y = Q(x/s)·Ŵᵀ + ((x·Dᵀ)·f)·Uᵀ + b, or its GELU (tanh).
 
     x [..., K] of a floating type, any leading dimensions, none of them required to be non-empty; returns [..., N] in
-    x's type. out: [..., N] of x's type, written and returned instead. Row i depends on row i alone, bit for bit.
-    Raises `SVDQuantError` where K or out does not fit.
+    x's type. out: [..., N] of x's type, written and returned instead. low_scales: f, float32 [R], one strength per
+    direction of the branch, or [B, R], one line per entry of x's first dimension; None = ones. Row i depends on row i
+    and its strengths alone, bit for bit. Raises `SVDQuantError` where K, out or low_scales does not fit.
     """
     if x.shape[-1] != tensors.in_features:
         raise SVDQuantError(f"input has {x.shape[-1]} features, the layer takes {tensors.in_features}")
@@ -93,14 +109,23 @@ def svdquant_linear(
     if out is not None and (out.shape != (*x.shape[:-1], t.out_features) or out.dtype != x.dtype):
         wanted = f"{[*x.shape[:-1], t.out_features]} {x.dtype}"
         raise SVDQuantError(f"out is {list(out.shape)} {out.dtype}, the result {wanted}")
+    if low_scales is not None:
+        _check_low_scales(low_scales, x, t)
+        if low_scales.dim() == x.dim() == 2:
+            # Every row is a batch entry of its own.
+            y = svdquant_linear(x[:, None], t, activations, gelu, None if out is None else out[:, None], low_scales)
+            return y[:, 0] if out is None else out
     activations = resolve_activations(activations, t.spec, x.device)
-    if eager.is_plain(x) and backend_of(x.device) == "native" and cpu.supports(t, activations, x.dtype):
+    backend = backend_of(x.device)
+    if backend == "triton" and eager.is_unwatched(x) and gpu.supports(t, activations, x.dtype, x.device):
+        return gpu.svdquant_linear(x, t, activations, gelu, out, low_scales)
+    if backend == "native" and eager.is_plain(x) and cpu.supports(t, activations, x.dtype):
         if out is None:
-            y = cpu.svdquant_linear(x, t, activations, gelu)
+            y = cpu.svdquant_linear(x, t, activations, gelu, low_scales=low_scales)
             return y.view(*x.shape[:-1], y.shape[-1])
         rows = _as_rows(out, x)
         if rows is not None:
-            cpu.svdquant_linear(x, t, activations, gelu, rows)
+            cpu.svdquant_linear(x, t, activations, gelu, rows, low_scales)
             if not out.is_inference():
                 torch.autograd.graph.increment_version(out)
             return out
@@ -118,10 +143,20 @@ def svdquant_linear(
         [edge for segment in t.spec.unsigned for edge in segment],
         t.spec.rotate,
         activations,
+        low_scales,
     )
     if gelu:
         y = torch.nn.functional.gelu(y, approximate="tanh")
     return y if out is None else out.copy_(y)
+
+
+def _check_low_scales(low_scales: Tensor, x: Tensor, t: SVDQuantTensors) -> None:
+    """Raises `SVDQuantError` where strengths do not fit the branch, or the batch."""
+    rank = 0 if t.proj_down is None else t.proj_down.shape[0]
+    shapes = [[rank]] if x.dim() < 2 else [[rank], [x.shape[0], rank]]
+    if list(low_scales.shape) not in shapes or low_scales.dtype != torch.float32:
+        wanted = " or ".join(map(str, shapes))
+        raise SVDQuantError(f"low_scales is {list(low_scales.shape)} {low_scales.dtype}, not {wanted} torch.float32")
 
 
 def _as_rows(out: Tensor, x: Tensor) -> Tensor | None:
@@ -155,16 +190,20 @@ def _linear(
     unsigned: list[int],
     rotate: bool,
     activations: str,
+    low_scales: Tensor | None = None,
 ) -> Tensor:
     segments = tuple(zip(unsigned[0::2], unsigned[1::2], strict=True))
-    spec = LayerSpec(weights=weights, group_size=group_size, unsigned=segments, rotate=rotate)
+    outer = 1 if wcscales is None or wcscales.dim() == 1 else wcscales.shape[1]
+    spec = LayerSpec(weights=weights, group_size=group_size, unsigned=segments, rotate=rotate, outer_blocks=outer)
     tensors = SVDQuantTensors(spec, x.shape[-1], qweight, wscales, wcscales, smooth_factor, proj_down, proj_up, bias)
     rows = x.reshape(-1, x.shape[-1])
     backend = backend_of(x.device)
-    if backend == "native" and cpu.supports(tensors, activations, x.dtype):
-        y = cpu.svdquant_linear(rows, tensors, activations)
+    if backend == "triton" and gpu.supports(tensors, activations, x.dtype, x.device):
+        y = gpu.svdquant_linear(x, tensors, activations, low_scales=low_scales)
+    elif backend == "native" and cpu.supports(tensors, activations, x.dtype):
+        y = cpu.svdquant_linear(rows, tensors, activations, low_scales=low_scales)
     else:
-        y = reference.svdquant_linear(rows, tensors, activations, compute_dtype(x, backend))
+        y = reference.svdquant_linear(rows, tensors, activations, compute_dtype(x, backend), low_scales)
     return y.reshape(*x.shape[:-1], qweight.shape[0])
 
 
@@ -176,16 +215,24 @@ def _(x: Tensor, qweight: Tensor, *_args: object) -> Tensor:
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, qweight, wscales, wcscales, smooth_factor, proj_down, proj_up = inputs[:7]
     weights, group_size, _, rotate = inputs[8:12]
-    ctx.save_for_backward(qweight, wscales, wcscales, smooth_factor, proj_down, proj_up)
+    ctx.save_for_backward(qweight, wscales, wcscales, smooth_factor, proj_down, proj_up, inputs[13])
     ctx.in_features = x.shape[-1]
     ctx.spec = LayerSpec(weights=weights, group_size=group_size, rotate=rotate)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Straight through the rounding of the activations: the gradient of the dense linear, to x only."""
-    tensors = SVDQuantTensors(ctx.spec, ctx.in_features, *ctx.saved_tensors)
-    weight, _ = tensors.dense()
-    return (grad.float() @ weight).to(grad.dtype), *([None] * 12)
+    saved, low_scales = ctx.saved_tensors[:6], ctx.saved_tensors[6]
+    grad32, nothing = grad.float(), [None] * 13
+    if low_scales is None:
+        weight, _ = SVDQuantTensors(ctx.spec, ctx.in_features, *saved).dense()
+        return (grad32 @ weight).to(grad.dtype), *nothing
+    weight, _ = SVDQuantTensors(ctx.spec, ctx.in_features, *saved[:4]).dense()
+    down, up = saved[4:]
+    if low_scales.dim() == 2:
+        low_scales = low_scales.view(-1, *[1] * (grad.dim() - 2), low_scales.shape[-1])
+    low = (grad32 @ up.float()) * low_scales
+    return (grad32 @ weight + low @ down.float()).to(grad.dtype), *nothing
 
 
 _linear.register_autograd(_backward, setup_context=_save_for_backward)
@@ -203,8 +250,10 @@ def w4a16_linear(
 
     x [..., K]; qweight, wscales, wzeros as in `SVDQuantTensors`. Returns [..., N] in x's type.
     """
-    native = eager.is_plain(x) and backend_of(x.device) == "native"
-    if native and cpu.supports_weight_only(qweight, wscales, x.dtype, weights):
+    backend = backend_of(x.device)
+    if backend == "triton" and eager.is_unwatched(x) and gpu.supports_weight_only(qweight, wscales, x.dtype, weights):
+        return gpu.w4a16_linear(x, qweight, wscales, bias, weights, wzeros)
+    if backend == "native" and eager.is_plain(x) and cpu.supports_weight_only(qweight, wscales, x.dtype, weights):
         y = cpu.w4a16_linear(x, qweight, wscales, bias, weights, wzeros)
         return y.view(*x.shape[:-1], y.shape[-1])
     return torch.ops.svdquant.w4a16_linear(x, qweight, wscales, wzeros, bias, weights)
@@ -216,7 +265,9 @@ def _w4a16_linear(
 ) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     backend = backend_of(x.device)
-    if backend == "native" and cpu.supports_weight_only(qweight, wscales, x.dtype, weights):
+    if backend == "triton" and gpu.supports_weight_only(qweight, wscales, x.dtype, weights):
+        y = gpu.w4a16_linear(rows, qweight, wscales, bias, weights, wzeros)
+    elif backend == "native" and cpu.supports_weight_only(qweight, wscales, x.dtype, weights):
         y = cpu.w4a16_linear(rows, qweight, wscales, bias, weights, wzeros)
     else:
         y = reference.w4a16_linear(rows, qweight, wscales, weights, bias, compute_dtype(x, backend), wzeros)

@@ -17,9 +17,14 @@ _TRACING: Callable[[], Any] | None = getattr(torch._C, "_get_tracing_state", Non
 
 def is_plain(x: Tensor) -> bool:
     """Whether x is an ordinary CPU tensor that nothing but the caller looks at: no gradient, no mode, no compiler."""
+    return x.device.type == "cpu" and is_unwatched(x)
+
+
+def is_unwatched(x: Tensor) -> bool:
+    """The same of a tensor on any device."""
     if torch.compiler.is_compiling() or _DISPATCH_MODES is None or _FUNCTIONAL is None or _TRACING is None:
         return False
-    if type(x) is not Tensor or x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
+    if type(x) is not Tensor or (x.requires_grad and torch.is_grad_enabled()):
         return False
     if x.is_neg() or x._is_zerotensor():
         return False

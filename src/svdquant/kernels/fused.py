@@ -1,11 +1,13 @@
 """What lies between a transformer's products, each in one pass: the definitions in plain torch, and who runs them.
 
-All compute in float32 and round once, to the type of their input. `usable` says where the compiled library does so.
+All compute in float32 and round once, to the type of their input. `usable` says where that is wanted: on a CPU with
+the compiled library, and on a GPU with its kernels, there under a compiler too, which makes its own of the definitions.
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +25,33 @@ def enabled() -> bool:
 
 
 def usable(*inputs: Tensor) -> bool:
-    """Whether the compiled library may run on these: plain tensors of one type on a CPU, no gradients, no autocast."""
+    """Whether fused forwards may take these: tensors of one type and device, no gradients, no autocast."""
     first = inputs[0]
-    if not all(eager.is_plain(x) and x.dtype == first.dtype for x in inputs) or first.dtype not in _FLOATS:
+    if not all(x.dtype == first.dtype and x.device == first.device for x in inputs) or first.dtype not in _FLOATS:
         return False
-    watched = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
-    return not watched and enabled() and backend_of(first.device) == "native"
+    backend = backend_of(first.device)
+    if backend not in ("native", "triton") or not enabled():
+        return False
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(first.device.type):
+        return False
+    if backend == "triton":
+        return first.dtype != torch.float32 and (torch.compiler.is_compiling() or _launchable(*inputs))
+    return all(eager.is_plain(x) for x in inputs)
+
+
+def _launchable(*inputs: Tensor) -> bool:
+    return all(eager.is_unwatched(x) for x in inputs)
+
+
+def _kernels(*inputs: Tensor) -> Any:
+    """The module whose functions run on these, of `usable` inputs; None: the definitions."""
+    if not usable(*inputs) or torch.compiler.is_compiling():
+        return None
+    if backend_of(inputs[0].device) == "native":
+        return cpu
+    from .gpu import elementwise
+
+    return elementwise
 
 
 def norm_modulate(
@@ -43,10 +66,12 @@ def norm_modulate(
         offset = offset + factor * bias.float()
     if weight is not None:
         factor = factor * weight.float()
-    if usable(x) and _fits(factor, x) and offset.shape == factor.shape:
-        return cpu.norm_modulate(x, factor, offset, eps)
-    y = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return (y * factor[:, None] + offset[:, None]).to(x.dtype)
+    kernels = _kernels(x)
+    if kernels is not None and _fits(factor, x) and offset.shape == factor.shape:
+        y: Tensor = kernels.norm_modulate(x, factor, offset, eps)
+        return y
+    normalized = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    return (normalized * factor[:, None] + offset[:, None]).to(x.dtype)
 
 
 def norm_rotate(
@@ -64,12 +89,14 @@ def norm_rotate(
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     cosine, sine = (None, None) if rotary is None else (part.to(x.device, torch.float32) for part in rotary)
     weight = None if weight is None else weight.float()
-    fits = out.shape == x.shape and _may_hold(out, x) and (weight is None or weight.shape == x.shape[-1:])
-    if cosine is not None and sine is not None:
-        fits = fits and x.shape[-1] % 2 == 0 and cosine.shape == sine.shape == (x.shape[1], x.shape[3])
-    if usable(x, out) and fits:
-        cpu.norm_rotate(x, weight, eps, cosine, sine, out)
-        return _written(out)
+    kernels = _kernels(x, out)
+    if kernels is not None:
+        fits = out.shape == x.shape and _may_hold(out, x) and (weight is None or weight.shape == x.shape[-1:])
+        if cosine is not None and sine is not None:
+            fits = fits and x.shape[-1] % 2 == 0 and cosine.shape == sine.shape == (x.shape[1], x.shape[3])
+        if fits:
+            kernels.norm_rotate(x, weight, eps, cosine, sine, out)
+            return _written(out)
     y = F.rms_norm(x.float(), x.shape[-1:], weight, eps)
     if cosine is not None and sine is not None:
         real, imaginary = y.unflatten(-1, (-1, 2)).unbind(-1)
@@ -84,9 +111,10 @@ def gate_add(residual: Tensor, gate: Tensor, x: Tensor, out: Tensor | None = Non
     """
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     gate = gate.float()
-    alike = x.shape == residual.shape == out.shape and _may_hold(out, residual, x)
-    if usable(x, residual, out) and alike and _fits(gate, x):
-        cpu.gate_add(residual, gate, x, out)
+    kernels = _kernels(x, residual, out)
+    alike = kernels is not None and x.shape == residual.shape == out.shape and _fits(gate, x)
+    if kernels is not None and alike and _may_hold(out, residual, x):
+        kernels.gate_add(residual, gate, x, out)
         return _written(out)
     y = residual.float() + gate[:, None] * x.float()
     return out.copy_(y.clamp(-65504, 65504) if x.dtype == torch.float16 else y)

@@ -83,10 +83,17 @@ def quantize_activation(h: Tensor, spec: LayerSpec, activations: str, dtype: tor
     return int4.fake_quantize_activation(padded, group, unsigned, dtype if half else torch.float32)[:, : h.shape[1]]
 
 
-def svdquant_linear(x: Tensor, tensors: SVDQuantTensors, activations: str, compute_dtype: torch.dtype) -> Tensor:
-    """y = Q(x/s)·Ŵᵀ + (x·Dᵀ)·Uᵀ + b for x [M, K]; returns [M, N] in x's type.
+def svdquant_linear(
+    x: Tensor,
+    tensors: SVDQuantTensors,
+    activations: str,
+    compute_dtype: torch.dtype,
+    low_scales: Tensor | None = None,
+) -> Tensor:
+    """y = Q(x/s)·Ŵᵀ + ((x·Dᵀ)·f)·Uᵀ + b for x [M, K]; returns [M, N] in x's type.
 
-    Operands of the products are `compute_dtype`; their sum and the bias are added in float32.
+    Operands of the products are `compute_dtype`; their sum and the bias are added in float32. low_scales: f, float32
+    [R], or [B, R] where every M/B consecutive rows share a line; None = ones.
     """
     smooth = None if tensors.smooth_factor is None else tensors.smooth_factor.float()
     columns = padded_columns(tensors.in_features, tensors.spec)
@@ -94,10 +101,19 @@ def svdquant_linear(x: Tensor, tensors: SVDQuantTensors, activations: str, compu
     y = linear_rows(h, tensors.residual(compute_dtype)).float()
     if tensors.proj_down is not None and tensors.proj_up is not None:
         low = linear_rows(x.to(compute_dtype), tensors.proj_down.to(compute_dtype))
+        if low_scales is not None:
+            low = scaled(low, low_scales)
         y += linear_rows(low, tensors.proj_up.to(compute_dtype)).float()
     if tensors.bias is not None:
         y += tensors.bias.float()
     return y.to(x.dtype)
+
+
+def scaled(low: Tensor, low_scales: Tensor) -> Tensor:
+    """low [M, R] times its strengths, in float32, in low's type."""
+    if low_scales.dim() == 2 and low.numel():
+        low_scales = low_scales.repeat_interleave(low.shape[0] // low_scales.shape[0], 0)
+    return (low.float() * low_scales).to(low.dtype) if low.numel() else low
 
 
 def w4a16_linear(

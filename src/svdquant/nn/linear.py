@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ACTIVATIONS, LayerSpec, matches
 from ..errors import SVDQuantError
 from ..kernels import svdquant_linear, w4a16_linear
 from ..numerics import FORMATS, SVDQuantTensors, groups_of, padded_columns
+from .adapters import Branch
 
 # These keep the type they were stored in, whatever the model is cast to: a scale in another type is another weight.
 FIXED_DTYPE = ("qweight", "wscales", "wcscales", "wzeros", "smooth_factor")
@@ -95,6 +97,13 @@ class QuantizedMixin:
             record.memory = self.__dict__.setdefault("_memory", {})
         return record
 
+    def _multiply(self, x: Tensor, gelu: bool, out: Tensor | None, branch: Branch | None) -> Tensor:
+        record = self.tensors()
+        if branch is None:
+            return svdquant_linear(x, record, self.activations, gelu, out)
+        record.proj_down, record.proj_up = branch.proj_down, branch.proj_up
+        return svdquant_linear(x, record, self.activations, gelu, out, branch.low_scales)
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_memory"}
 
@@ -144,6 +153,9 @@ class SVDQuantLinear(QuantizedMixin, nn.Linear):
     activations: "auto", "int4", "int8", "fp8", "nvfp4" or "none"; may be changed at any time.
     """
 
+    # Fused forwards may call this very class with all arguments of its forward; see `families.fused`.
+    takes_options = True
+
     def __init__(
         self,
         in_features: int,
@@ -171,9 +183,12 @@ class SVDQuantLinear(QuantizedMixin, nn.Linear):
         layer._init_storage(tensors.named(), dtype)
         return layer
 
-    def forward(self, x: Tensor, gelu: bool = False, out: Tensor | None = None) -> Tensor:
-        """The product, or its GELU (tanh); into `out`, which is returned, where a fused forward gives one."""
-        return svdquant_linear(x, self.tensors(), self.activations, gelu, out)
+    def forward(self, x: Tensor, gelu: bool = False, out: Tensor | None = None, branch: Branch | None = None) -> Tensor:
+        """The product, or its GELU (tanh); into `out`, which is returned, where a fused forward gives one.
+
+        branch: stands in for the layer's own, with adapters in it.
+        """
+        return self._multiply(x, gelu, out, branch)
 
 
 class W4A16Linear(SVDQuantLinear):
@@ -181,11 +196,42 @@ class W4A16Linear(SVDQuantLinear):
 
     # Published files add 1 to a modulation's bias; taken out again, it may need more bits than the model has.
     fixed = (*FIXED_DTYPE, "bias")
+    takes_options = False
+
+    @property
+    def fused_down(self) -> Tensor | None:
+        """A [r, K] of what `fuse` added, or None."""
+        return self._parameters.get("fused_down")
+
+    @property
+    def fused_up(self) -> Tensor | None:
+        """B [N, r] of what `fuse` added, or None."""
+        return self._parameters.get("fused_up")
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         if x.shape[-1] != self.in_features:
             raise SVDQuantError(f"input has {x.shape[-1]} features, the layer takes {self.in_features}")
-        return w4a16_linear(x, self.qweight, self.wscales, self.bias, self.spec.weights, self.wzeros)
+        y = w4a16_linear(x, self.qweight, self.wscales, self.bias, self.spec.weights, self.wzeros)
+        if self.fused_down is None or self.fused_up is None:
+            return y
+        return y + F.linear(F.linear(x, self.fused_down.to(x.dtype)), self.fused_up.to(x.dtype))
+
+    def dequantize(self) -> nn.Module:
+        dense: Any = super().dequantize()
+        if self.fused_down is not None and self.fused_up is not None:
+            delta = self.fused_up.float() @ self.fused_down.float()
+            dense.weight = nn.Parameter((dense.weight.float() + delta).to(dense.weight.dtype), requires_grad=False)
+        return dense
+
+    def fuse(self, down: Tensor | None, up: Tensor | None) -> None:
+        """Adds x·Aᵀ·Bᵀ to every output from now on, in place of what was added before; None = nothing.
+
+        down: A [r, K]; up: B [N, r].
+        """
+        for name, value in (("fused_down", down), ("fused_up", up)):
+            self._parameters.pop(name, None)
+            if value is not None:
+                self._parameters[name] = nn.Parameter(value.to(self.qweight.device), requires_grad=False)
 
 
 class SVDQuantConv2d(QuantizedMixin, nn.Conv2d):
@@ -215,9 +261,8 @@ class SVDQuantConv2d(QuantizedMixin, nn.Conv2d):
         conv.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         return conv
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = svdquant_linear(x.movedim(-3, -1), self.tensors(), self.activations)
-        return y.movedim(-1, -3)
+    def forward(self, x: Tensor, branch: Branch | None = None) -> Tensor:
+        return self._multiply(x.movedim(-3, -1), False, None, branch).movedim(-1, -3)
 
 
 QUANTIZED = (SVDQuantLinear, SVDQuantConv2d)
@@ -275,7 +320,12 @@ def set_activations(model: Any, activations: str | dict[str, str]) -> Any:
     an unknown precision, a model without quantized layers, or a pattern that matches none.
     """
     modules = [model] if isinstance(model, nn.Module) else _components(model)
-    layers = [named for module in modules for named in quantized_layers(module).items()]
+    # PEFT puts a layer with adapters one level down.
+    layers = [
+        (name.replace(".base_layer", ""), layer)
+        for module in modules
+        for name, layer in quantized_layers(module).items()
+    ]
     if not layers:
         raise SVDQuantError(f"{type(model).__name__} has no quantized layers; quantize or load a quantized model first")
     wanted = {"*": activations} if isinstance(activations, str) else activations

@@ -40,8 +40,8 @@ static void operate(const request* r) {
   svdq_weight w;
   get(&in, sizeof in);
   get(&w, sizeof w);
-  const void** const parts[] = {&in.x, &in.smooth, (const void**)&in.ranges, (const void**)&w.qweight, &w.scales,
-                                &w.outer, &w.zeros, &w.down, &w.up, &w.bias};
+  const void** const parts[] = {&in.x, &in.smooth, (const void**)&in.ranges, (const void**)&in.low_scales,
+                                (const void**)&w.qweight, &w.scales, &w.outer, &w.zeros, &w.down, &w.up, &w.bias};
   enum { PARTS = sizeof parts / sizeof *parts };
   for (int i = 0; i < PARTS; i++) *parts[i] = get_part();
   void* y = malloc(r->y_bytes);

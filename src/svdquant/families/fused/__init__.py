@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from ...kernels import fused
+from ...kernels import fused, gpu
+from ...nn import SVDQuantLinear
 
 
 def install(model: nn.Module) -> None:
@@ -22,6 +23,17 @@ def install(model: nn.Module) -> None:
     """
     if fused.enabled():
         _change(model, _classes())
+        if gpu.missing() is None:
+            _digest(model)
+
+
+def _digest(model: nn.Module) -> None:
+    """What each layer does to its input, before a compiler asks."""
+    from .inputs import reading_key
+
+    for module in model.modules():
+        if type(module) is SVDQuantLinear and module.qweight.device.type != "meta":
+            reading_key(module)
 
 
 def uninstall(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ...kernels import fused
 from ...nn import SVDQuantLinear
+from .inputs import Normalized, computed, on_gpu
 
 
 def untouched(module: Any, cls: type) -> bool:
@@ -26,7 +27,9 @@ def takes_options(module: Any, cls: type) -> bool:
     and diffusers (caches, group offloading) pass them on, adapters and other people's forwards need not.
     """
     hooked = hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
-    return type(module) is cls and (hooked or "forward" not in module.__dict__)
+    # A subclass of a quantized layer, or an adapter around it, may have another forward: it says so itself.
+    known = vars(type(module)).get("takes_options", False) if cls is SVDQuantLinear else type(module) is cls
+    return known and (hooked or "forward" not in module.__dict__)
 
 
 def linear(layer: Any, x: Tensor, gelu: bool = False, out: Tensor | None = None) -> Tensor:
@@ -64,6 +67,15 @@ class RMSNorm(nn.RMSNorm):
         return same and self.eps is not None and self.normalized_shape == x.shape[-1:]
 
 
+def normalized(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor | Normalized:
+    """`modulated`, put off until somebody reads it where that may be fused with the norm."""
+    plain = untouched(norm, nn.LayerNorm) and norm.weight is None and norm.bias is None
+    fits = scale.dtype == x.dtype and norm.normalized_shape == x.shape[-1:] and x.dim() == 3
+    if plain and fits and on_gpu(x):
+        return Normalized(x, scale, shift, norm.eps)
+    return modulated(norm, x, scale, shift)
+
+
 class AdaLayerNormZero(normalization.AdaLayerNormZero):
     @wraps(normalization.AdaLayerNormZero.forward)
     def forward(
@@ -78,8 +90,13 @@ class AdaLayerNormZero(normalization.AdaLayerNormZero):
             return super().forward(x, timestep, class_labels, hidden_dtype, emb)
         if self.emb is not None:
             emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
+        y, *rest = self.put_off(x, emb)
+        return computed(y), *rest
+
+    def put_off(self, x: Tensor, emb: Tensor | None) -> tuple[Any, ...]:
+        """The forward, with its norm put off."""
         shift, scale, *rest = self.linear(self.silu(emb)).chunk(6, dim=1)
-        return modulated(self.norm, x, scale, shift), *rest
+        return normalized(self.norm, x, scale, shift), *rest
 
 
 class AdaLayerNormZeroSingle(normalization.AdaLayerNormZeroSingle):
@@ -87,8 +104,13 @@ class AdaLayerNormZeroSingle(normalization.AdaLayerNormZeroSingle):
     def forward(self, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, ...]:
         if not fused.usable(x):
             return super().forward(x, emb)
+        y, gate = self.put_off(x, emb)
+        return computed(y), gate
+
+    def put_off(self, x: Tensor, emb: Tensor | None) -> tuple[Any, Tensor]:
+        """The forward, with its norm put off."""
         shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
-        return modulated(self.norm, x, scale, shift), gate
+        return normalized(self.norm, x, scale, shift), gate
 
 
 class AdaLayerNormContinuous(normalization.AdaLayerNormContinuous):

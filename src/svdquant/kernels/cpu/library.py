@@ -14,7 +14,7 @@ from ...errors import SVDQuantError
 from .structures import declare
 from .threads import find_runtime
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 _FILE = "SVDQUANT_CPU_LIBRARY"
 _ISA = "SVDQUANT_CPU_ISA"
 _REPAIR = "`pip install --force-reinstall svdquant`, or compile it by `python -m svdquant.kernels.cpu.build`"

@@ -165,13 +165,21 @@ def quantize(x: Tensor, spec: LayerSpec, smooth: Tensor | None, activations: str
 
 
 def svdquant_linear(
-    x: Tensor, tensors: SVDQuantTensors, activations: str, gelu: bool = False, out: Tensor | None = None
+    x: Tensor,
+    tensors: SVDQuantTensors,
+    activations: str,
+    gelu: bool = False,
+    out: Tensor | None = None,
+    low_scales: Tensor | None = None,
 ) -> Tensor:
-    """y = Q(x/s)·Ŵᵀ + (x·Dᵀ)·Uᵀ + b for x [M, K], or GELU (tanh) of it; returns [M, N] in x's type. See `supports`.
+    """y = Q(x/s)·Ŵᵀ + ((x·Dᵀ)·f)·Uᵀ + b for x [M, K], or GELU (tanh) of it; [M, N] in x's type. See `supports`.
 
-    out: [M, N] of x's type with contiguous rows, to be written and returned.
+    out: [M, N] of x's type with contiguous rows, to be written and returned. low_scales: f, float32 [R], or [B, R]
+    where every M/B consecutive rows share a line; None = ones.
     """
     ops, source, x = operations(), x, _rows(x)
+    if low_scales is not None:
+        low_scales = plain(low_scales).view(-1, low_scales.shape[-1])
     y = x.new_empty(x.shape[0], tensors.out_features) if out is None else out
     weight, kept = _weight(tensors)
     # Leaves room for the padding of the codes and for what lies beside them.
@@ -180,6 +188,9 @@ def svdquant_linear(
         rows, out = (x, y) if part >= x.shape[0] else (x[start : start + part], y[start : start + part])
         made = take(rows, tensors.spec, tensors.smooth_factor, activations, ops)
         made.record.threads = _threads(rows.shape[0] * weight.columns * weight.outputs)
+        if low_scales is not None:
+            made.record.low_scales = low_scales.data_ptr()
+            made.record.low_rows, made.record.low_first = x.shape[0] // low_scales.shape[0], start
         record = byref(made.record)
         work = scratch(ops.svdq_linear_bytes(record, byref(weight)))
         ops.svdq_linear(

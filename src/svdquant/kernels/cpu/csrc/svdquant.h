@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define SVDQ_ABI_VERSION 2
+#define SVDQ_ABI_VERSION 3
 
 #if defined(_WIN32)
 #define SVDQ_PUBLIC __declspec(dllexport)
@@ -37,6 +37,9 @@ typedef struct {
   float shift;
   int32_t threads;
   int32_t format;        /* of the weights that the codes will meet */
+  const float* low_scales; /* [..., rank] strengths of the branch's directions, or NULL = ones */
+  int64_t low_rows;        /* consecutive rows that share a line of them */
+  int64_t low_first;       /* where the rows of x begin among those that share lines */
   void* buffer;          /* svdq_input_bytes; what follows is set by svdq_input_bytes and svdq_place */
   int64_t all_rows;      /* rows, and two more where 8-bit codes need the shift as a row of its own */
   int64_t blocks;

@@ -90,6 +90,15 @@ BLOCK(block_bf16, tile_bf16, uint16_t)
 #endif
 BLOCK(block_f32, tile_f32, float)
 
+/* The strengths of adapters, before anything is rounded. */
+INLINE void scale_low(const svdq_input* in, int64_t row, int rows, int64_t rank, float* out) {
+  if (!in->low_scales) return;
+  for (int i = 0; i < rows; i++) {
+    const float* scales = in->low_scales + (in->low_first + row + i) / in->low_rows * rank;
+    for (int64_t r = 0; r < rank; r++) out[i * rank + r] *= scales[r];
+  }
+}
+
 void SVDQ_NAME(down_rows)(const SVDQ_NAME(down_context) * c, int64_t first, int64_t last, int32_t worker) {
   const svdq_input* in = c->in;
   const int64_t wide = steps(in) * 2 * LANES, rank = c->weight->rank, width = padded_rank(c->weight);
@@ -110,6 +119,7 @@ void SVDQ_NAME(down_rows)(const SVDQ_NAME(down_context) * c, int64_t first, int6
         }
       }
       block_bf16(x, c->down, wide, wide / (2 * LANES), rows, rank, out);
+      scale_low(in, row, rows, rank, out);
       for (int i = 0; i < rows; i++) {
         uint16_t* low = (uint16_t*)c->low + (row + i) * width;
         for (int64_t r = 0; r < rank; r += LANES) {
@@ -129,6 +139,7 @@ void SVDQ_NAME(down_rows)(const SVDQ_NAME(down_context) * c, int64_t first, int6
       x[i] = copy;
     }
     block_f32(x, c->down, wide, wide / LANES, rows, rank, out);
+    scale_low(in, row, rows, rank, out);
     for (int i = 0; i < rows; i++) {
       float* low = (float*)c->low + (row + i) * width;
       memcpy(low, out + i * rank, rank * sizeof(float));

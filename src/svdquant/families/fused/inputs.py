@@ -1,0 +1,131 @@
+"""Inputs that several layers read, on a GPU: normalized, quantized and taken down the low-rank branch in one pass.
+
+On a CPU the layers find out by themselves that they read the same (`kernels.cpu.inputs`); on a GPU comparing contents
+would stop the device, so here it is said in advance.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels import fused, gpu
+from ...kernels.dispatch import backend_of, resolve_activations
+from ...nn import SVDQuantLinear
+from ...numerics import SVDQuantTensors
+
+
+@dataclass
+class Normalized:
+    """layer_norm(x)·(1 + scale) + shift, not computed yet. x [B, L, K]; scale, shift [B or 1, K]."""
+
+    x: Tensor
+    scale: Tensor
+    shift: Tensor
+    eps: float
+    # As layers read it: what each has in common with its likes → the prepared input.
+    prepared: dict[Any, gpu.Prepared] = field(default_factory=dict)
+
+    def tensor(self) -> Tensor:
+        """Computed."""
+        return fused.norm_modulate(self.x, self.scale, self.shift, self.eps)
+
+
+def computed(x: Tensor | Normalized) -> Tensor:
+    return x.tensor() if isinstance(x, Normalized) else x
+
+
+def source(x: Tensor | Normalized) -> Tensor:
+    """The tensor behind x: its shape, type and device."""
+    return x.x if isinstance(x, Normalized) else x
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether Triton's kernels multiply x."""
+    return backend_of(x.device) == "triton"
+
+
+def project(
+    layers: Sequence[Any],
+    x: Tensor | Normalized,
+    out: Tensor | None = None,
+    gelu: bool = False,
+    norm: gpu.HeadNorm | None = None,
+    second: Tensor | None = None,
+) -> Tensor | None:
+    """What `layers` make of x, side by side [B, L, ΣN]; None where each of them has to be called.
+
+    out: written and returned instead. second: further columns of x. norm: of the first layers' heads.
+    """
+    first, tensor = layers[0], source(x)
+    if tensor.dim() != 3 or not on_gpu(tensor) or not all(_bare(layer) for layer in layers):
+        return None
+    activations = resolve_activations(first.activations, first.spec, tensor.device)
+    known = [_reads(layer) for layer in layers]
+    if not all(k is not None and gpu.takes(k[1], activations, tensor.dtype, tensor.device) for k in known):
+        return None
+    if len(layers) > 1 and not alike(layers):
+        return None
+    records = [layer.tensors() for layer in layers]
+    return gpu.project(_prepared(x, first, records[0], activations, second), records, out, gpu.Epilogue(gelu, norm))
+
+
+def _prepared(
+    x: Tensor | Normalized, layer: SVDQuantLinear, t: SVDQuantTensors, activations: str, second: Tensor | None
+) -> gpu.Prepared:
+    if not isinstance(x, Normalized):
+        return gpu.prepare(x, t, activations, second=second)
+    key = reading_key(layer), layer.spec, activations
+    found = x.prepared.get(key) if key[0] is not None else None
+    if found is None:
+        found = gpu.prepare(x.x, t, activations, gpu.Before("layer_norm", x.eps, x.scale, x.shift))
+        x.prepared[key] = found
+    return found
+
+
+def _bare(layer: Any) -> bool:
+    """Whether nobody would notice that the layer is not called, and its parameters lie where they will be read."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    return type(layer) is SVDQuantLinear and "forward" not in layer.__dict__ and not hooked
+
+
+def alike(layers: Sequence[SVDQuantLinear]) -> bool:
+    """Whether the layers make the same codes and take the same low-rank directions of an input."""
+    first, *others = layers
+    key = reading_key(first)
+    return key is not None and all(
+        first.spec == other.spec and first.activations == other.activations and reading_key(other) == key
+        for other in others
+    )
+
+
+def reading_key(layer: SVDQuantLinear) -> bytes | None:
+    """A digest of what a layer does to its input before the product; None where it is unknown (see `_reads`)."""
+    known = _reads(layer)
+    return None if known is None else known[0]
+
+
+def _reads(layer: SVDQuantLinear) -> tuple[bytes, str] | None:
+    """(digest of what a layer does to its input, its signature for products).
+
+    Kept while the layer has the same parameters and nobody has written to them; moving or offloading a model does
+    neither. A compiler cannot compute it: None, where nobody has asked before (`install` does).
+    """
+    memory = layer.__dict__.setdefault("_memory", {})
+    if torch.compiler.is_compiling():
+        return memory["reads"][1:] if "reads" in memory else None
+    parameters = [p for p in (layer.smooth_factor, layer.proj_down) if p is not None]
+    state = [(id(p), 0 if p.is_inference() else p._version) for p in parameters]
+    if "reads" not in memory or memory["reads"][0] != state:
+        digest = hashlib.blake2b(digest_size=16)
+        for p in parameters:
+            digest.update(f"{p.dtype} {tuple(p.shape)}".encode())
+            digest.update(p.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        memory["reads"] = state, digest.digest(), gpu.signature(layer.tensors())
+    found: tuple[bytes, str] = memory["reads"][1:]
+    return found
