@@ -137,7 +137,8 @@ INLINE vf32 dot16(vf32 acc, plane16 w, plane16 x) { return dot_bf16(acc, w, x); 
         for (int i = 0; i < rows; i++) part[i][j] = splat(0);                                                          \
         if (!(DIRECT)) continue;                                                                                       \
         raw[j] = load_raw(packed + j * row_bytes, s, row_bytes);                                                       \
-        __builtin_prefetch(packed + (j + AHEAD) * row_bytes + s * STEP_BYTES);                                         \
+        /* In the order of memory, which the processor's own prefetchers then follow. */                               \
+        __builtin_prefetch(packed + AHEAD * row_bytes + (s * outputs + j) * STEP_BYTES);                               \
       }                                                                                                                \
       _Pragma("clang loop unroll(full)") for (int q = 0; q < planes; q++) {                                            \
         plane##WIDTH w[outputs];                                                                                       \
