@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from .checkpoint import load_model, save_model
     from .integrations import quantize
     from .integrations.pipeline import load_pipeline
+    from .integrations.requests import adapters_per_request
     from .nn import SVDQuantLinear, W4A16Linear, set_activations
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "adapters_per_request": "integrations.requests",
     "quantize": "integrations",
     "load_model": "checkpoint",
     "load_pipeline": "integrations.pipeline",
@@ -38,6 +40,7 @@ __all__ = [
     "SVDQuantLinear",
     "W4A16Linear",
     "__version__",
+    "adapters_per_request",
     "load_model",
     "load_pipeline",
     "quantize",

@@ -1,7 +1,8 @@
-"""Registers "svdquant" with diffusers and transformers without importing them.
+"""Registers "svdquant" with diffusers, transformers and PEFT without importing them.
 
-Both keep their quantizers in dictionaries of a module `quantizers.auto`. A finder on `sys.meta_path` lets that module
-load as usual and then adds our entries; where it is loaded already, they are added at once.
+Two keep their quantizers in dictionaries of a module `quantizers.auto`, PEFT and diffusers choose and load LoRA layers
+in functions of a module. A finder on `sys.meta_path` lets those modules load as usual and then adds our entries; where
+they are loaded already, these are added at once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from types import ModuleType
 _TARGETS = {
     "diffusers.quantizers.auto": "svdquant.integrations.diffusers",
     "transformers.quantizers.auto": "svdquant.integrations.transformers",
+    "peft.tuners.lora.model": "svdquant.integrations.peft",
+    "diffusers.loaders.peft": "svdquant.integrations.lora_loading",
+    "diffusers.loaders.lora_pipeline": "svdquant.integrations.lora_loading",
 }
 
 

@@ -50,6 +50,10 @@ def generate(
         list[int] | None, typer.Option("--seed", metavar="N", help="Repeatable: one picture each; 0.")
     ] = None,
     activations: ActivationsDial = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", metavar="FILE[:STRENGTH]", help="An adapter, at strength 1 by itself; repeatable."),
+    ] = None,
     compare: Annotated[
         str | None,
         typer.Option("--compare", metavar="MODEL16", help="Draw the same with this model; make a sheet, print PSNR."),
@@ -73,11 +77,11 @@ def generate(
         with doing(f"opening {name}"):
             check_model(name, base)
     loading = {"dtype": dtype, "device": device, "base": base}
-    drawn = _draw(model, prompts, seeds, options, loading, activations, paths)
+    drawn = _draw(model, prompts, seeds, options, loading, activations, paths, lora or [])
     ratios: list[float | None] = [None] * len(drawn)
     sheet = None
     if compare is not None:
-        reference = _draw(compare, prompts, seeds, options, loading, None, [])
+        reference = _draw(compare, prompts, seeds, options, loading, None, [], lora or [])
         ratios = [psnr(ours.picture, theirs.picture) for ours, theirs in zip(drawn, reference, strict=True)]
         sheet = _sheet_path(output, paths)
         save_picture(_sheet(drawn, reference, ratios, Path(model).name, Path(compare).name), sheet)
@@ -112,6 +116,7 @@ def _draw(
     loading: dict[str, Any],
     activations: str | None,
     paths: list[Path],
+    adapters: list[str],
 ) -> list[Drawn]:
     """Loads a pipeline, draws and lets go of it; each picture is saved as soon as it is there."""
     from ..integrations.pipeline import PipelineOptions, draw, load_pipeline
@@ -121,6 +126,9 @@ def _draw(
         pipe = load_pipeline(model, **loading)
         if activations is not None:
             set_activations(pipe, activations)
+    for adapter in adapters:
+        with doing(f"loading {adapter}"):
+            _add_adapter(pipe, adapter)
     drawn = []
     total = len(prompts) * len(seeds)
     with doing(f"drawing with {model}"), Stages({"draw": f"drawing with {Path(model).name}"}) as progress:
@@ -134,6 +142,14 @@ def _draw(
     del pipe
     gc.collect()
     return drawn
+
+
+def _add_adapter(pipe: Any, text: str) -> None:
+    from ..integrations.adapter_formats import strength_of
+    from ..integrations.adapters import load_adapter
+
+    file, strength = strength_of(text)
+    load_adapter(pipe, file, strength=strength)
 
 
 def _sheet_path(output: Path, paths: list[Path]) -> Path:

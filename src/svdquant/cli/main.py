@@ -16,6 +16,7 @@ from .doctor import doctor
 from .failures import DEBUG, INTERRUPTED, Interrupted, explain
 from .generate import generate
 from .inspect import inspect
+from .lora import lora
 from .plan import plan
 from .quantize import quantize
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 for verb in (demo, plan, quantize, generate, convert, inspect, doctor, bench):
     app.command()(verb)
+app.add_typer(lora)
 
 
 def _print_version(value: bool) -> None:

@@ -52,7 +52,9 @@ def unprotect(model: nn.Module) -> None:
 
 def record_layers(model: nn.Module, config: SVDQuantConfig) -> SVDQuantConfig:
     """A copy of `config` that names the quantized layers which the model has."""
-    return config.with_layers({name: layer.spec for name, layer in quantized_layers(model).items()})  # type: ignore[misc]
+    layers = quantized_layers(model).items()
+    # PEFT puts a layer with adapters one level down; it is stored under the name it had.
+    return config.with_layers({name.replace(".base_layer", ""): layer.spec for name, layer in layers})  # type: ignore[misc]
 
 
 def mark(model: Any, quantizer: Any) -> None:
@@ -88,4 +90,9 @@ def refuse_adapters(state_dict: dict[str, Tensor]) -> None:
         if ".base_layer." in name:
             raise SVDQuantError(
                 f"a LoRA is attached to {name.partition('.base_layer.')[0]}; call unload_lora_weights() before saving"
+            )
+        if name.endswith(".fused_down"):
+            raise SVDQuantError(
+                f"a LoRA is fused into {name.rpartition('.')[0]}, whose stored format has no low-rank branch; call "
+                "unfuse_lora() before saving, or bake it in by `svdquant lora merge`"
             )

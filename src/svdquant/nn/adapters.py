@@ -21,12 +21,15 @@ from ..errors import SVDQuantError
 # Every member's rank is padded to this, so that its sums are the same whoever stands beside it in the branch.
 RANK_MULTIPLE = 16
 # Sets of adapters whose joined matrices a layer keeps. One takes as much as the branch and the adapters together.
-KEPT_SETS = 4
+KEPT_SETS = 2
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter adds to one layer: strength · x·Aᵀ·Bᵀ. down: A [r, K]; up: B [N, r]."""
+    """What an adapter adds to one layer: strength · x·Aᵀ·Bᵀ.
+
+    down: A [r, K]; up: B [N, r]; of a convolution with 1×1 behind them.
+    """
 
     name: str
     down: Tensor
@@ -68,7 +71,7 @@ def join(layer: Any, adapters: Sequence[Adapter]) -> tuple[Tensor, Tensor]:
     """(proj_down [R, K], proj_up [N, R]) of the layer's branch and the adapters', in the layer's type and device."""
     device, dtype = layer.qweight.device, layer.compute_dtype
     members = [] if layer.proj_down is None else [(layer.proj_down, layer.proj_up)]
-    members += [(a.down, a.up) for a in adapters]
+    members += [(a.down.flatten(1), a.up.flatten(1)) for a in adapters]
     downs, ups = [], []
     for down, up in members:
         missing = padded_rank(down.shape[0]) - down.shape[0]
@@ -141,10 +144,11 @@ def low_scales(
 
     strengths: a number per adapter; or, where `repeats` is not 0, such a tuple per line: [repeats · lines, R].
     """
-    if repeats:
-        lines = torch.stack([low_scales.__wrapped__(device, base, ranks, line) for line in strengths])
-        return lines.repeat(repeats, 1)
+    # Made for later calls too, which may need gradients.
     with torch.inference_mode(False):
+        if repeats:
+            lines = [low_scales.__wrapped__(device, base, ranks, line) for line in strengths]
+            return torch.stack(lines).repeat(repeats, 1)
         out = torch.ones(padded_rank(base) + sum(padded_rank(rank) for rank in ranks))
         start = padded_rank(base)
         for rank, strength in zip(ranks, strengths, strict=True):
