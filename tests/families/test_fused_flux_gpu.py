@@ -199,3 +199,16 @@ def test_digests_follow_the_parameters(quantized):
     assert alike((layer, layers[0]))
     layer.activations = "int4"
     assert not alike((layer, layers[0]))
+
+
+def test_digests_know_another_parameter_and_another_type(quantized):
+    """The address of a parameter that is gone, and its count of writings, may be the next one's."""
+    layer = copy.deepcopy(quantized.single_transformer_blocks[0].attn.to_q)
+    first, before = layer.proj_down.detach().clone(), reading_key(layer)
+    for i in range(8):
+        layer.proj_down = None
+        layer.proj_down = nn.Parameter(first * (i + 2), requires_grad=False)
+        now = reading_key(layer)
+        assert now != before
+        before = now
+    assert reading_key(layer.to(torch.bfloat16)) != before

@@ -37,6 +37,16 @@ class DevicePath:
 def device_path(device: torch.device) -> DevicePath:
     """The path of a device; `SVDQUANT_BACKEND` overrides the backend."""
     backend = backend_of(device)
+    auto, why = _auto(device)
+    if backend != "triton":
+        return DevicePath(backend, auto, why)
+    first = gpu.forced()
+    products = {precision: ((first,) if first else ()) + order for precision, order in gpu.ORDER.items()}
+    return DevicePath(backend, auto, why, products)
+
+
+def _auto(device: torch.device) -> tuple[dict[str, str], str]:
+    """What "auto" activations mean per stored weight format on a device, and why."""
     auto = {"int4": "int8", "nvfp4": "int8", "int8": "int8"}
     why = {"cpu": "a CPU multiplies 8-bit integers at best"}.get(device.type, "8-bit activations run everywhere")
     if device.type == "cuda" and torch.version.hip is None:
@@ -46,11 +56,13 @@ def device_path(device: torch.device) -> DevicePath:
             auto["int4"], why = "int4", f"sm_{major}{minor} has int4 tensor cores"
         elif major in (10, 12):
             auto["nvfp4"], why = "nvfp4", f"sm_{major}{minor} has nvfp4 tensor cores"
-    if backend != "triton":
-        return DevicePath(backend, auto, why)
-    first = gpu.forced()
-    products = {precision: ((first,) if first else ()) + order for precision, order in gpu.ORDER.items()}
-    return DevicePath(backend, auto, why, products)
+    return auto, why
+
+
+@eager.assume_constant
+def _wanted(weights: str, device: torch.device) -> str:
+    """`_auto` of one format."""
+    return _auto(device)[0][weights]
 
 
 def backend_of(device: torch.device) -> str:
@@ -82,7 +94,7 @@ def resolve_activations(activations: str, spec: LayerSpec, device: torch.device)
         raise SVDQuantError(f"activations={activations!r} is not one of {', '.join(ACTIVATIONS)}")
     if activations != "auto":
         return activations
-    wanted = device_path(device).auto[spec.weights]
+    wanted = _wanted(spec.weights, device)
     bits = {"int4": 4, "nvfp4": 4, "int8": 8, "fp8": 8, "none": 16}
     solved_for = spec.activations if spec.activations != "auto" else wanted
     return solved_for if bits[solved_for] > bits[wanted] else wanted
@@ -123,7 +135,7 @@ def svdquant_linear(
         if out is None:
             y = cpu.svdquant_linear(x, t, activations, gelu, low_scales=low_scales)
             return y.view(*x.shape[:-1], y.shape[-1])
-        rows = _as_rows(out, x)
+        rows = eager.as_rows(out, x)
         if rows is not None:
             cpu.svdquant_linear(x, t, activations, gelu, rows, low_scales)
             if not out.is_inference():
@@ -157,22 +169,6 @@ def _check_low_scales(low_scales: Tensor, x: Tensor, t: SVDQuantTensors) -> None
     if list(low_scales.shape) not in shapes or low_scales.dtype != torch.float32:
         wanted = " or ".join(map(str, shapes))
         raise SVDQuantError(f"low_scales is {list(low_scales.shape)} {low_scales.dtype}, not {wanted} torch.float32")
-
-
-def _as_rows(out: Tensor, x: Tensor) -> Tensor | None:
-    """out [..., N] seen as [M, N] with contiguous rows, or None where a copy would be needed."""
-    if (
-        not eager.is_plain(out)
-        or out.stride(-1) != 1
-        or out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-    ):
-        return None
-    try:
-        rows = out.view(-1, out.shape[-1])
-    except RuntimeError:
-        return None
-    overlap = rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]
-    return None if overlap else rows
 
 
 @torch.library.custom_op("svdquant::linear", mutates_args=())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,3 +29,27 @@ def is_unwatched(x: Tensor) -> bool:
     if x.is_neg() or x._is_zerotensor():
         return False
     return not _DISPATCH_MODES() and _FUNCTIONAL() is None and _TRACING() is None
+
+
+def as_rows(out: Tensor, x: Tensor) -> Tensor | None:
+    """out [..., N] seen as [M, N] with contiguous rows, or None where a copy would be needed."""
+    if not is_plain(out) or out.stride(-1) != 1 or out.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+        return None
+    try:
+        rows = out.view(-1, out.shape[-1])
+    except RuntimeError:
+        return None
+    overlap = rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]
+    return None if overlap else rows
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def assume_constant(function: _Function) -> _Function:
+    """Makes a compiler call the function once, and keep its result, instead of following it.
+
+    What `torch.compiler.assume_constant_result` does, which imports the compiler, and Triton with it, to say so.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, eager
+from . import cpu, eager, gpu
 from .dispatch import backend_of
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,6 +49,8 @@ def _kernels(*inputs: Tensor) -> Any:
         return None
     if backend_of(inputs[0].device) == "native":
         return cpu
+    if not gpu.others_work(inputs[0].dtype, inputs[0].device):
+        return None
     from .gpu import elementwise
 
     return elementwise

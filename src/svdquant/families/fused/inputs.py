@@ -7,6 +7,7 @@ would stop the device, so here it is said in advance.
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,19 +114,28 @@ def reading_key(layer: SVDQuantLinear) -> bytes | None:
 def _reads(layer: SVDQuantLinear) -> tuple[bytes, str] | None:
     """(digest of what a layer does to its input, its signature for products).
 
-    Kept while the layer has the same parameters and nobody has written to them; moving or offloading a model does
-    neither. A compiler cannot compute it: None, where nobody has asked before (`install` does).
+    Kept while the layer has the same parameters of the same type and nobody has written to them; moving or offloading a
+    model changes none of that. A compiler cannot compute it: None, where nobody has asked before (`install` does).
     """
-    memory = layer.__dict__.setdefault("_memory", {})
     if torch.compiler.is_compiling():
-        return memory["reads"][1:] if "reads" in memory else None
+        known: tuple[bytes, str] | None = layer.__dict__.get("_memory", {}).get("reads")
+        return known
+    memory = layer.__dict__.setdefault("_memory", {})
     parameters = [p for p in (layer.smooth_factor, layer.proj_down) if p is not None]
-    state = [(id(p), 0 if p.is_inference() else p._version) for p in parameters]
-    if "reads" not in memory or memory["reads"][0] != state:
+    # References, because an address is given to another parameter once this one is gone.
+    state = [(weakref.ref(p), p.dtype, 0 if p.is_inference() else p._version) for p in parameters]
+    if "reads" not in memory or not _same(memory["reads_from"], state):
         digest = hashlib.blake2b(digest_size=16)
         for p in parameters:
             digest.update(f"{p.dtype} {tuple(p.shape)}".encode())
             digest.update(p.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
-        memory["reads"] = state, digest.digest(), gpu.signature(layer.tensors())
-    found: tuple[bytes, str] = memory["reads"][1:]
+        memory["reads_from"] = state
+        memory["reads"] = digest.digest(), gpu.signature(layer.tensors())
+    found: tuple[bytes, str] = memory["reads"]
     return found
+
+
+def _same(before: list[Any], now: list[Any]) -> bool:
+    return len(before) == len(now) and all(
+        a[0]() is b[0]() and a[1:] == b[1:] for a, b in zip(before, now, strict=True)
+    )

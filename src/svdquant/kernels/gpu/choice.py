@@ -9,6 +9,7 @@ import torch
 
 from ...config import LayerSpec
 from ...numerics import SVDQuantTensors
+from ..eager import assume_constant
 from .arch import Arch, arch_of, interpreting
 from .trial import works
 from .types import Product
@@ -45,6 +46,7 @@ def forced() -> str | None:
     return name if name in PRODUCTS else None
 
 
+@assume_constant
 def active(device: torch.device) -> bool:
     """Whether these kernels multiply on a device. CPU tensors go through the interpreter only where asked for."""
     arch = arch_of(device)
@@ -76,7 +78,7 @@ def choose(t: SVDQuantTensors, activations: str, dtype: torch.dtype, device: tor
     return _chosen(signature(t), activations, dtype, device)
 
 
-@torch.compiler.assume_constant_result
+@assume_constant
 def takes(layer: str, activations: str, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether some product takes the layer of this signature. A compiler keeps the answer."""
     return _chosen(layer, activations, dtype, device) is not None

@@ -11,8 +11,10 @@ another one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -183,11 +185,13 @@ def multiply_with(
         )
 
 
-def _constants(config: Tile, rank: int, norm: bool) -> dict[str, Any]:
+@lru_cache(maxsize=256)
+def _constants(config: Tile, rank: int, norm: bool) -> Mapping[str, Any]:
     named = asdict(config)
     sizes = {name.upper(): named[name] for name in ("bm", "bn", "bk", "group", "tma", "persistent", "promote")}
     sizes["HALVES"] = norm and config.bm >= 128
-    return sizes | {"RANK": 16 if rank <= 16 else 32, "num_warps": config.warps, "num_stages": config.stages}
+    sizes |= {"RANK": 16 if rank <= 16 else 32, "num_warps": config.warps, "num_stages": config.stages}
+    return MappingProxyType(sizes)
 
 
 def _specializations() -> list[Specialization]:
@@ -233,7 +237,7 @@ def specialization(
         "M", "N", "columns", "weight_stride", "rank", "length", "batch_stride", "token_stride", "first", "normed",
     )  # fmt: skip
     absent = {} if epilogue == "norm" else dict.fromkeys(normed)
-    constants = _constants(config, 32, epilogue == "norm")
+    constants = dict(_constants(config, 32, epilogue == "norm"))
     constants |= {"FP8": precision == "fp8", "GELU": epilogue == "gelu", "HEAD": 128 if epilogue == "norm" else 0}
     warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
     signature = operands | pointers | normed | dict.fromkeys(numbers, "i32") | {"eps": "fp32"}
@@ -245,5 +249,5 @@ def specialization(
         num_warps=warps,
         num_stages=stages,
         expects=chips,
-        aligned=numbers,
+        aligned=tuple(name for name in numbers if name not in ("M", "length")),
     )

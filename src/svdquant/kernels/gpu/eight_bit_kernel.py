@@ -180,7 +180,7 @@ def _tile(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "length"])
 def eight_bit_kernel(
     codes, weight, row_scales, scales, bias, low, up, out,
     first_weight, second_weight, cosine, sine, first, normed, eps,

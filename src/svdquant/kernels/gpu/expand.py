@@ -85,14 +85,14 @@ def expand(
     """
     first = layers[0]
     if len(layers) == 1 and not extra and headroom == 1 and taken_as_it_is(first, precision):
-        return Expanded(first.qweight, first.wscales.view(-1), first.bias, first.proj_up)
+        return Expanded(first.qweight, first.wscales.view(-1), dense(first.bias), dense(first.proj_up))
     rows = sum(t.out_features for t in layers)
     columns = columns_of(_stored_columns(first))
     weight = first.qweight.new_empty((rows, columns + extra), dtype=torch.int8)
     scales = weight.new_empty(rows, dtype=torch.float32)
     wanted = any(t.bias is not None for t in layers) or bool(first.spec.unsigned)
     bias = torch.empty_like(scales) if wanted else None
-    up = first.proj_up
+    up = dense(first.proj_up)
     if up is not None and len(layers) > 1:
         up = up.new_empty((rows, up.shape[1]))
     start = 0
@@ -115,6 +115,10 @@ def effective_bias(t: SVDQuantTensors) -> Tensor:
     return bias
 
 
+def dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def _stored_columns(t: SVDQuantTensors) -> int:
     return t.qweight.shape[1] * (1 if t.spec.weights == "int8" else 2)
 
@@ -134,8 +138,8 @@ def _launch(
     stored = t.qweight.contiguous()
     four = t.spec.weights != "int8"
     wscales = t.wscales.contiguous()
-    outer = t.wcscales if t.wcscales is None else t.wcscales.contiguous()
-    source_up = None if up is None or t.proj_up is None else t.proj_up.contiguous()
+    outer, smooth, given_bias = (dense(v) for v in (t.wcscales, t.smooth_factor, t.bias))
+    source_up = None if up is None else dense(t.proj_up)
     columns = columns_of(_stored_columns(t))
     constants = _constants(t, precision, arch, shape, weight is not None, bias is not None, up is not None)
     constants["TOP"] /= headroom
@@ -144,8 +148,8 @@ def _launch(
             stored.view(torch.int32) if four else stored,
             wscales.view(torch.uint8) if wscales.dtype == torch.float8_e4m3fn else wscales,
             outer,
-            t.smooth_factor,
-            t.bias,
+            smooth if constants["UNSIGNED"] else None,
+            given_bias,
             source_up,
             weight if weight is None or not four else weight.view(torch.int64),
             scales,
@@ -231,7 +235,7 @@ def specializations() -> list[Specialization]:
                 num_warps=shape.warps,
                 num_stages=3,
                 expects=dict.fromkeys(chips, ()),
-                aligned=("stored_columns", "columns", "groups", "stride", "rank"),
+                aligned=("N", "stored_columns", "columns", "groups", "stride", "rank"),
             )
         )
     return found

@@ -108,7 +108,7 @@ def _multiply(q: Quantized, t: SVDQuantTensors, out: Tensor, gelu: bool) -> None
 
 def _bias(t: SVDQuantTensors, activations: str) -> Tensor | None:
     if not t.spec.unsigned or activations == "int4":
-        return t.bias
+        return None if t.bias is None else t.bias.contiguous()
     # Codes of 8 bits are not shifted, and the stored bias compensates a shift.
     from .expand import effective_bias
 

@@ -83,7 +83,7 @@ def _add_branch(
     return y
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M", "length"])
 def hopper_kernel(
     codes, weight, row_scales, scales, bias, low, up, out, M, N, columns, rank, length, batch_stride, token_stride,
     FP8: gl.constexpr, GELU: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, GROUP: gl.constexpr,

@@ -15,6 +15,7 @@ from ...numerics import SVDQuantTensors
 from .. import eager
 from .arch import arch_of
 from .choice import choose, products
+from .trial import weight_only_works
 from .types import NO_EPILOGUE, Before, Epilogue, Quantized
 
 NOTHING = Before()
@@ -128,12 +129,13 @@ def multiply(name: str, q: Quantized, layers: Sequence[SVDQuantTensors], out: Te
         product.multiply(q, layers, out, fused)
     norm = epilogue.norm
     if norm is not None:
-        from .elementwise import norm_rotate
+        from ..fused import norm_rotate
 
+        rotary = None if norm.cosine is None or norm.sine is None else (norm.cosine, norm.sine)
         start = 0
         for t, weight in zip(layers, norm.weights, strict=False):
             heads = out[..., start : start + t.out_features].unflatten(-1, (-1, norm.head))
-            norm_rotate(heads, weight, norm.eps, norm.cosine, norm.sine, heads)
+            norm_rotate(heads, weight, norm.eps, rotary, out=heads)
             start += t.out_features
 
 
@@ -187,7 +189,7 @@ def supports_weight_only(qweight: Tensor, wscales: Tensor, dtype: torch.dtype, w
         return False
     from .weight_only import why_not
 
-    return why_not(qweight, wscales, dtype, weights, arch) is None
+    return why_not(qweight, wscales, dtype, weights, arch) is None and weight_only_works(dtype, qweight.device)
 
 
 def w4a16_linear(

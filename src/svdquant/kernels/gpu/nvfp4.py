@@ -87,7 +87,7 @@ def _multiply(q: Quantized, t: SVDQuantTensors, out: Tensor, gelu: bool) -> None
     width = wscales.shape[1] * 16 // blocks
     branch = q.low is not None and t.proj_up is not None
     up = t.proj_up.contiguous() if branch and t.proj_up is not None else None
-    bias = t.bias
+    bias = None if t.bias is None else t.bias.contiguous()
     if t.spec.unsigned:
         # These codes are not shifted, and the stored bias compensates a shift.
         from .expand import effective_bias

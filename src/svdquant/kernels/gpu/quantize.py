@@ -103,7 +103,7 @@ def quantize(
     if arch is None:
         raise ValueError(f"no Triton kernel runs on {x.device}")
     _check(x, t, reading, before, second, down)
-    x, second = _dense(x), None if second is None else _dense(second)
+    x, second, down, smooth = _dense(x), *(None if v is None else _dense(v) for v in (second, down, t.smooth_factor))
     if second is not None and (x.shape[2] % 64 or (t.spec.rotate and x.shape[2] % 128)):
         x, second = torch.cat((x, second), -1), None
     batch, tokens = x.shape[:2]
@@ -130,7 +130,7 @@ def quantize(
     limit = {"maxnreg": REGISTERS} if arch.vendor == "nvidia" else {}
     with on(x.device):
         quantize_kernel[(rows[0] * triton.cdiv(rows[1], constants["BM"]),)](
-            x, second, t.smooth_factor, factor, offset, down if fused else None, low_scales if fused else None,
+            x, second, smooth, factor, offset, down if fused else None, low_scales if fused else None,
             _bits(q.codes), _bits(q.scales), q.low if fused else None, kept,
             *_strides(x, rows), *_strides(second, rows), _batch_stride(factor), _batch_stride(offset),
             0 if down is None else down.stride(0), _batch_stride(low_scales),
@@ -170,8 +170,8 @@ def _check(
         raise ValueError(f"the layer takes {t.in_features} features, not {width}")
     if before.kind == "layer_norm" and (before.scale is None or before.shift is None):
         raise ValueError("a modulated normalization needs scale and shift")
-    if down is not None and (down.shape[1] != t.in_features or down.stride(1) != 1):
-        raise ValueError(f"a branch takes {t.in_features} features side by side, not {tuple(down.shape)}")
+    if down is not None and down.shape[1] != t.in_features:
+        raise ValueError(f"a branch takes {t.in_features} features, not {tuple(down.shape)}")
     allowed = {"int8": (False,), "fp8": (False,), "int4": (False, True), "nvfp4": (True,)}
     if reading.packed not in allowed.get(reading.precision, ()) or (reading.packed and reading.split):
         raise ValueError(f"no quantizer makes {reading}")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...numerics import SVDQuantTensors
 from .arch import Arch, arch_of
-from .expand import effective_bias, guard
+from .expand import dense, effective_bias, guard
 from .types import NO_EPILOGUE, Epilogue, Quantized, Reading, Specialization
 
 
@@ -105,9 +105,9 @@ def _multiply(config: Tile, q: Quantized, t: SVDQuantTensors, out: Tensor, epilo
     groups = t.wscales.shape[1]
     ratios = t.qweight.new_empty((groups, n), dtype=torch.int32)
     scales = t.qweight.new_empty(n, dtype=torch.float32)
-    shifted = effective_bias(t) if t.spec.unsigned else t.bias
-    branch = q.low is not None and t.proj_up is not None
-    rank = t.proj_up.shape[1] if branch and t.proj_up is not None else 0
+    shifted = effective_bias(t) if t.spec.unsigned else dense(t.bias)
+    up = None if q.low is None else dense(t.proj_up)
+    rank = 0 if up is None else up.shape[1]
     tiles = -(-m // config.bm) * -(-n // config.bn)
     with guard(out):
         ratios_kernel[(-(-n // 32),)](
@@ -120,8 +120,8 @@ def _multiply(config: Tile, q: Quantized, t: SVDQuantTensors, out: Tensor, epilo
             q.scales,
             scales,
             shifted,
-            q.low if branch else None,
-            t.proj_up if branch else None,
+            None if up is None else q.low,
+            up,
             out,
             m,
             n,
@@ -190,5 +190,5 @@ def specialization(name: str, config: Tile, precision: str, chips: dict[int, tup
         num_warps=config.warps,
         num_stages=config.stages,
         expects=chips,
-        aligned=numbers,
+        aligned=tuple(name for name in numbers if name not in ("M", "length")),
     )

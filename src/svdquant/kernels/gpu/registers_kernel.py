@@ -24,7 +24,7 @@ def ratios_kernel(wscales, ratios, scales, N, groups, TOP: tl.constexpr, ROWS: t
     tl.store(scales + rows, tl.div_rn(top, tl.full(top.shape, TOP, tl.float32)), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "length"])
 def registers_kernel(
     codes, stored, ratios, row_scales, scales, bias, low, up, out,
     M, N, columns, groups, rank, length, batch_stride, token_stride,

@@ -57,7 +57,7 @@ def append_up_kernel(
     _three_terms(b, place, width, inside[:, None] & (ranks < width)[None, :], False)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def append_low_kernel(
     codes, row_scales, low, balance, wide, scales, M, rank, width, columns, stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,

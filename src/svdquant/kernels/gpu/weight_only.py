@@ -79,8 +79,7 @@ def w4a16_linear(
     qweight, wscales = qweight.contiguous(), wscales.contiguous()
     if wscales.itemsize == 1:
         wscales = wscales.view(torch.uint8)  # Not every chip's Triton has e4m3.
-    if wzeros is not None:
-        wzeros = wzeros.contiguous()
+    wzeros, bias = (None if v is None else v.contiguous() for v in (wzeros, bias))
     int8 = weights == "int8"
     stored = qweight.shape[1] * (1 if int8 else 2)
     groups = wscales.shape[1]
@@ -123,12 +122,13 @@ def specializations() -> list[Specialization]:
             signature = dict.fromkeys(("x", "scales", "zeros", "bias", "out"), f"*{dtype}")
             signature |= {"weight": "*i8" if weights == "int8" else "*i16"}
             signature |= {"scales": "*u8"} if weights == "nvfp4" else {}
+            absent: dict[str, object] = {} if zeros else {"zeros": None}
             integers = ("M", "N", "K", "stored", "groups", "x_stride", "w_stride")
             form = Specialization(
                 name=f"weight_only {weights}{' with zeros' if zeros else ''} {dtype} M={m}",
                 kernel=weight_only_kernel,
                 signature=signature | dict.fromkeys(integers, "i32"),
-                constants=constants | {"WHOLE": True, "BN": tile.outputs, "BM": tile.tokens},
+                constants=constants | absent | {"WHOLE": True, "BN": tile.outputs, "BM": tile.tokens},
                 num_warps=4,
                 num_stages=tile.stages,
                 expects={number: (wanted,)},
