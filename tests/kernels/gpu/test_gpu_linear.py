@@ -241,3 +241,16 @@ def test_importing_imports_neither_triton_nor_the_compiler():
     code = "import sys, svdquant.kernels; print([m for m in ('triton', 'torch._dynamo') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_what_a_capture_assumes_is_forgotten(monkeypatch, g):
+    asked = []
+    monkeypatch.setattr(choice, "works", lambda *args: asked.append(args) or True)
+    layer = choice.signature(random_layer(g, N, K))
+    args = (layer, "int8", torch.float16, torch.device("cpu"))
+    choice._first.cache_clear()
+    monkeypatch.setattr(choice, "capturing", lambda device: True)
+    assert choice._chosen(*args) == choice._chosen(*args) and len(asked) == 2
+    monkeypatch.setattr(choice, "capturing", lambda device: False)
+    assert choice._chosen(*args) == choice._chosen(*args) and len(asked) == 3
+    choice._first.cache_clear()

@@ -11,7 +11,7 @@ from ...config import LayerSpec
 from ...numerics import SVDQuantTensors
 from ..eager import assume_constant
 from .arch import Arch, arch_of, interpreting
-from .trial import works
+from .trial import capturing, works
 from .types import Product
 
 # Product names that SVDQUANT_BACKEND may hold.
@@ -90,7 +90,9 @@ def _chosen(layer: str, activations: str, dtype: torch.dtype, device: torch.devi
         return None
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    return _first(layer, activations, dtype, device, arch, forced())
+    # What is assumed while a graph is captured is not remembered.
+    first = _first.__wrapped__ if capturing(device) else _first
+    return first(layer, activations, dtype, device, arch, forced())
 
 
 @lru_cache(maxsize=4096)

@@ -48,6 +48,11 @@ def weight_only_works(dtype: torch.dtype, device: torch.device) -> bool:
     return _known("the W4A16 product", dtype, device, lambda: weight_only_error(dtype, device))
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a graph is being captured: nothing may wait for the device then, and nothing is proven."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 _KNOWN: dict[tuple[str, torch.dtype, torch.device], bool] = {}
 
 
@@ -56,8 +61,8 @@ def _known(what: str, dtype: torch.dtype, device: torch.device, trial: Callable[
     known = _KNOWN.get(key)
     if known is not None:
         return known
-    # The interpreter is slow, and there for tests; while a graph is being captured nothing may wait for the device.
-    if interpreting() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    # The interpreter is slow, and there for tests.
+    if interpreting() or capturing(device):
         return True
     with _LOCK:
         if key not in _KNOWN:
