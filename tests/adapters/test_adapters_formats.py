@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import adapter_tools as tools
@@ -390,9 +391,33 @@ def test_what_would_mean_something_else_is_refused(pipe):
 
 def test_differences_that_are_left_out_are_named(pipe):
     state, changes = kohya(pipe)
-    state |= {"lora_unet_img_in.diff_b": random(0, 128), "lora_unet_txt_in.diff_b": torch.zeros(128)}
-    with pytest.warns(UserWarning, match=r"1 differences .*lora_unet_img_in\.diff_b$"):
+    state |= {"lora_unet_final_layer_norm.diff": random(0, 128), "lora_unet_other.diff_b": random(0, 128)}
+    state |= {"lora_unet_txt_in.diff_b": torch.zeros(128)}
+    with pytest.warns(UserWarning, match=r"2 differences .*lora_unet_final_layer_norm\.diff, lora_unet_other\.diff_b$"):
         check(pipe, state, changes)
+
+
+@pytest.mark.parametrize("strength", [0.7, -1.0])
+def test_bias_differences(pipe, strength):
+    """Of a layer in 16 bits, of stacked q, k and v, and of one with a branch; their strength is not scaled by alpha."""
+    state, changes = kohya(pipe)
+    names = [name for name in changes if name.endswith(("img_in", "img_attn_qkv", "img_mlp_2", "linear2"))]
+    assert len(names) >= 3
+    biases = {name: random(i, changes[name].shape[0]) for i, name in enumerate(names)}
+    state |= {f"{name}.diff_b": bias for name, bias in biases.items()}
+    model = pipe.transformer
+    dense = tools.dense(model, [(split(model, changes), strength)])
+    for name, bias in split(model, {name: bias[:, None] for name, bias in biases.items()}).items():
+        dense.get_submodule(name).bias.data += strength * bias[:, 0]
+    before, expected = tools.output(model), tools.output(dense)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pipe.load_lora_weights(state, adapter_name="style")
+    pipe.set_adapters("style", strength)
+    assert tools.relative(tools.output(model), expected) < 1e-3
+    pipe.set_adapters("style", 0.0)
+    assert torch.equal(tools.output(model), before)
+    pipe.unload_lora_weights()
 
 
 def _dora_weights(

@@ -132,6 +132,9 @@ def _refactored(load_lora_weights: Any) -> Any:
         access = {name: kwargs[name] for name in _FETCHING if name in kwargs}
         state, metadata = fetch_state(source, **access)
         warn_left_out(state)
+        differences = bias_differences(state)
+        if any(key.endswith(_DIFFERENCES) for key in state) and kind_of(state) != "difference":
+            source = state = {key: value for key, value in state.items() if not key.endswith(_DIFFERENCES)}
         if needs_conversion(state):
             converted = to_lora(state)
             warnings.warn(converted.sentence(), stacklevel=3)
@@ -150,12 +153,18 @@ def _refactored(load_lora_weights: Any) -> Any:
 
         magnitudes: dict[str, Tensor] = {}
         if doras := {key: value for key, value in state.items() if key.endswith(".dora_scale")}:
-            magnitudes = _magnitudes(self, doras, state, start)
+            magnitudes = _vectors(self, doras, state, start, "lora_magnitude_vector")
             source = {key: value for key, value in (ours or state).items() if key not in doras}
+
+        biases = _vectors(self, differences, state, start, "lora_B.bias") if differences else {}
 
         def lora_state_dict(*given: Any, **options: Any) -> Any:
             named = _all_named(self, type(self).lora_state_dict(*given, **options))
-            (named[0] if isinstance(named, tuple) else named).update(magnitudes)
+            tensors = named[0] if isinstance(named, tuple) else named
+            if biases:
+                alphas = named[1] if isinstance(named, tuple) else None
+                tensors.update(_with_biases(tensors, biases, alphas or {}))
+            tensors.update(magnitudes)
             return named
 
         self.__dict__["lora_state_dict"] = lora_state_dict
@@ -167,17 +176,15 @@ def _refactored(load_lora_weights: Any) -> Any:
     return refactored
 
 
-def _magnitudes(pipeline: Any, doras: dict[str, Tensor], state: Any, start: str) -> dict[str, Tensor]:
-    """A DoRA's magnitudes by the names that PEFT has for them.
+def _vectors(pipeline: Any, vectors: dict[str, Tensor], state: Any, start: str, end: str) -> dict[str, Tensor]:
+    """One number per output of some modules, of a DoRA's magnitudes say, by the names that PEFT has for them.
 
     Whoever converts the names of a LoRA converts these: they go as the up-projection of a LoRA of rank 1.
     """
     lora: dict[str, Tensor] = {}
-    for key, value in doras.items():
-        base = key.removesuffix(".dora_scale")
-        down = next(
-            (state[f"{base}.{end}.weight"] for end in ("lora_down", "lora_A") if f"{base}.{end}.weight" in state), None
-        )
+    for key, value in vectors.items():
+        base = key.rpartition(".")[0]
+        down = _down_beside(base, state)
         if down is None:
             raise SVDQuantError(f"{key}: has no LoRA beside it; download the adapter again")
         lora[f"{base}.lora_down.weight"] = torch.ones(1, down.shape[1])
@@ -188,19 +195,51 @@ def _magnitudes(pipeline: Any, doras: dict[str, Tensor], state: Any, start: str)
         out = type(pipeline).lora_state_dict(lora, return_alphas=True)
         names = _all_named(pipeline, out)[0]
     return {
-        key.replace(".lora_B.weight", ".lora_magnitude_vector"): value[:, 0].contiguous()
+        key.replace(".lora_B.weight", f".{end}"): value[:, 0].contiguous()
         for key, value in names.items()
         if key.endswith(".lora_B.weight")
     }
 
 
+def _down_beside(base: str, state: Any) -> Tensor | None:
+    """A of the LoRA of the module that a file calls `base`."""
+    names = (f"{base}.{end}.weight" for end in ("lora_down", "lora_A"))
+    return next((state[name] for name in names if name in state), None)
+
+
+_DIFFERENCES = (".diff", ".diff_b")
+
+
+def bias_differences(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What an adapter adds to the biases of layers that it has a LoRA for."""
+    found = ((key, value) for key, value in state.items() if key.endswith(".diff_b") and bool(value.any()))
+    return {key: value for key, value in found if _down_beside(key.removesuffix(".diff_b"), state) is not None}
+
+
+def _with_biases(state: dict[str, Tensor], biases: dict[str, Tensor], alphas: dict[str, Any]) -> dict[str, Tensor]:
+    """`lora_B.bias` of every pair, as PEFT wants it, zeros where an adapter changes none.
+
+    PEFT multiplies them by alpha/r, which whoever wrote the file did not mean.
+    """
+    end, out = ".lora_B.weight", {}
+    alpha_of = {key.removesuffix(".alpha"): float(alpha) for key, alpha in alphas.items()}
+    for key, up in state.items():
+        if key.endswith(end):
+            module = key.removesuffix(end)
+            bias = biases.get(f"{module}.lora_B.bias", up.new_zeros(up.shape[0]))
+            out[f"{module}.lora_B.bias"] = (bias * (up.shape[1] / alpha_of.get(module, up.shape[1]))).to(up.dtype)
+    return out
+
+
 def warn_left_out(state: dict[str, Tensor]) -> None:
-    """Names in a warning what no converter takes along: differences that are not 0."""
-    left_out = [key for key, value in state.items() if key.endswith((".diff", ".diff_b")) and bool(value.any())]
+    """Names in a warning what nobody takes along: differences of norms, and of layers without a LoRA."""
+    taken = bias_differences(state)
+    left_out = [
+        key for key, value in state.items() if key.endswith(_DIFFERENCES) and key not in taken and bool(value.any())
+    ]
     if left_out:
         warnings.warn(
-            f"{len(left_out)} differences of biases and norms are no part of a LoRA and are left out: "
-            f"{', '.join(left_out)}",
+            f"{len(left_out)} differences of norms, or without a LoRA beside them, are left out: {', '.join(left_out)}",
             stacklevel=4,
         )
 
