@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,6 +67,18 @@ def test_generate_with_what_is_no_adapter(
     assert "none of its 2 tensors" in refusal(tmp_path / "foreign.safetensors")
     (tmp_path / "a.bin").write_bytes(b"x")
     assert "pickle" in refusal(tmp_path / "a.bin")
+
+
+def test_an_adapter_that_is_not_there(command: Callable, quantized: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Said before the model is loaded, and without asking the Hub."""
+    monkeypatch.setattr("svdquant.integrations.pipeline.load_pipeline", lambda *a, **k: pytest.fail("loaded"))
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(b"\x80" + bytes(20))
+    for name, said in (("nothing.safetensors", "does not exist"), ("no/such/folder", "does not exist"), (cut, "cut")):
+        out = tmp_path / "p.png"
+        assert said in command("generate", quantized, "a cat", "-o", out, *SMALL, "--lora", f"{name}:0.5").refusal()
+        assert said in command("lora", "merge", quantized, "--lora", name, "-o", tmp_path / "merged").refusal()
+        assert not out.exists() and not (tmp_path / "merged").exists()
 
 
 def test_inspect(command: Callable, adapters: tuple[Path, Path], tmp_path: Path) -> None:

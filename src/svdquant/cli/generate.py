@@ -71,11 +71,15 @@ def generate(
         output = Path("picture.png" if len(prompts) * len(seeds) == 1 else "pictures")
     paths = picture_paths(output, prompts, seeds)
     quiet_libraries()
+    from ..integrations.adapter_formats import strength_of
+    from ..integrations.adapters import check_adapter
     from ..integrations.pipeline import check_model
 
     for name in (model,) if compare is None else (model, compare):
         with doing(f"opening {name}"):
             check_model(name, base)
+    for text in lora or []:
+        check_adapter(strength_of(text)[0])
     loading = {"dtype": dtype, "device": device, "base": base}
     drawn = _draw(model, prompts, seeds, options, loading, activations, paths, lora or [])
     ratios: list[float | None] = [None] * len(drawn)

@@ -38,6 +38,7 @@ def load_adapter(
     target: a pipeline, or a model whose adapters PEFT keeps. source: a .safetensors file, a folder or Hub id with
     one, or tensors. name: the file's by default. Raises `SVDQuantError` where it fits nothing.
     """
+    check_adapter(source)
     name = name or free_name(target, source)
     models = denoisers(target) if not isinstance(target, nn.Module) else [target]
     active = _active(models)
@@ -64,6 +65,20 @@ def load_adapter(
         if here:
             model.set_adapters(list(here), list(here.values()))  # type: ignore[operator]
     return name
+
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def check_adapter(source: str | Path | dict[str, Tensor]) -> None:
+    """Raises `SVDQuantError` for a file that is not there or cut off, before anything is loaded for its sake."""
+    if isinstance(source, dict):
+        return
+    path = Path(source)
+    if path.is_file() and path.suffix == ".safetensors":
+        read_header(path)
+    elif not path.exists() and (path.suffix == ".safetensors" or not _HUB_ID.fullmatch(str(source))):
+        raise SVDQuantError(f"{source}: does not exist; give an adapter's .safetensors file, its folder or a Hub id")
 
 
 def _active(models: list[nn.Module]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from ..numerics import SVDQuantTensors
 from ..ptq.requantize import weight_error
 from ..ptq.resolve import solve_again
 from . import attach
-from .adapters import load_adapter
+from .adapters import check_adapter, load_adapter
 from .convert import check_target
 from .sources import resolve_checkpoint
 from .work_folder import check_disk
@@ -64,6 +64,8 @@ def merge_adapters(
     """
     say = progress or (lambda *_: None)
     out = Path(os.path.abspath(target))
+    for file, _ in adapters:
+        check_adapter(file)
     path = resolve_checkpoint(source)
     check_target(out, open_checkpoint(path, component).path, overwrite)
     say("load", 0, 1, Path(path).name)
