@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from ...numerics import SVDQuantTensors
 from .arch import Arch, arch_of
 from .grouped_kernel import grouped_kernel
-from .types import NO_EPILOGUE, Epilogue, Quantized, Reading, Specialization
+from .types import LayerByLayer, Quantized, Reading, Specialization
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def tile_of(arch: Arch, m: int, group: int, activations: str) -> Tile:
     return Tile(128, 64, 8, 3)
 
 
-class Grouped:
+class Grouped(LayerByLayer):
     """Integer products of one group at a time, each scaled in float32."""
 
     name = "grouped"
@@ -60,17 +59,8 @@ class Grouped:
     def reading(self, activations: str) -> Reading:
         return Reading(activations, packed=False, split=True)
 
-    def fuses(self, epilogue: Epilogue, layers: Sequence[SVDQuantTensors]) -> bool:
-        return epilogue.norm is None
-
-    def multiply(
-        self, q: Quantized, layers: Sequence[SVDQuantTensors], out: Tensor, epilogue: Epilogue = NO_EPILOGUE
-    ) -> None:
-        """q as of `reading`; see `Product.multiply`. Layers are multiplied one after the other."""
-        start = 0
-        for t in layers:
-            _multiply(q, t, out[..., start : start + t.out_features], epilogue.gelu)
-            start += t.out_features
+    def launch(self, q: Quantized, t: SVDQuantTensors, out: Tensor, gelu: bool) -> None:
+        _multiply(q, t, out, gelu)
 
     def specializations(self) -> list[Specialization]:
         return specializations()

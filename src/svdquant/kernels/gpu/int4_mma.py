@@ -7,7 +7,6 @@ neither on the other rows nor on the tile.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from ...config import LayerSpec
 from ...numerics import SVDQuantTensors
 from .arch import Arch, arch_of
 from .expand import guard
-from .types import NO_EPILOGUE, Epilogue, Quantized, Reading, Specialization, columns_of
+from .types import LayerByLayer, Quantized, Reading, Specialization, columns_of
 
 GROUP = 64
 _HALVES = (torch.bfloat16, torch.float16)
@@ -71,7 +70,7 @@ def unsigned_groups(spec: LayerSpec, in_features: int) -> tuple[int, int] | None
     return (first, last) if len(inside) == last - first else None
 
 
-class Int4MMA:
+class Int4MMA(LayerByLayer):
     """The product on INT4 tensor cores (`mma.m16n8k64`), in Gluon."""
 
     name = "int4_mma"
@@ -100,17 +99,8 @@ class Int4MMA:
     def reading(self, activations: str) -> Reading:
         return Reading("int4", packed=True)
 
-    def fuses(self, epilogue: Epilogue, layers: Sequence[SVDQuantTensors]) -> bool:
-        return epilogue.norm is None
-
-    def multiply(
-        self, q: Quantized, layers: Sequence[SVDQuantTensors], out: Tensor, epilogue: Epilogue = NO_EPILOGUE
-    ) -> None:
-        """q: packed int4 (`reading`); see `Product.multiply`. Layers are multiplied one after the other."""
-        start = 0
-        for t in layers:
-            _multiply(q, t, out[..., start : start + t.out_features], epilogue.gelu)
-            start += t.out_features
+    def launch(self, q: Quantized, t: SVDQuantTensors, out: Tensor, gelu: bool) -> None:
+        _multiply(q, t, out, gelu)
 
     def specializations(self) -> list[Specialization]:
         return _specializations()

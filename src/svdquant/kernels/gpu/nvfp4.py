@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from ...numerics import SVDQuantTensors
 from .arch import Arch, arch_of, interpreting
 from .nvfp4_kernel import nvfp4_kernel
-from .types import NO_EPILOGUE, Epilogue, Quantized, Reading, Specialization
+from .types import LayerByLayer, Quantized, Reading, Specialization
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ def tile_of(arch: Arch, m: int, blocks: int) -> Tile:
     return Tile(128, 16 if m <= 16 else 128 if blocks == 1 else 64, 128, 8, 3)
 
 
-class NVFP4:
+class NVFP4(LayerByLayer):
     """`tl.dot_scaled` of stored e2m1 codes and e4m3 scales, both operands as they lie in memory."""
 
     name = "dot_scaled"
@@ -56,17 +55,8 @@ class NVFP4:
     def reading(self, activations: str) -> Reading:
         return Reading("nvfp4", packed=True)
 
-    def fuses(self, epilogue: Epilogue, layers: Sequence[SVDQuantTensors]) -> bool:
-        return epilogue.norm is None
-
-    def multiply(
-        self, q: Quantized, layers: Sequence[SVDQuantTensors], out: Tensor, epilogue: Epilogue = NO_EPILOGUE
-    ) -> None:
-        """q as of `reading`; see `Product.multiply`. Layers are multiplied one after the other."""
-        start = 0
-        for t in layers:
-            _multiply(q, t, out[..., start : start + t.out_features], epilogue.gelu)
-            start += t.out_features
+    def launch(self, q: Quantized, t: SVDQuantTensors, out: Tensor, gelu: bool) -> None:
+        _multiply(q, t, out, gelu)
 
     def specializations(self) -> list[Specialization]:
         return specializations()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -138,3 +139,23 @@ class Product(Protocol):
 
     def specializations(self) -> list[Specialization]:
         """Every compiled form that a default run on some chip uses."""
+
+
+class LayerByLayer(ABC):
+    """Of a product that multiplies one layer per launch, and whose epilogue does all but the norm of heads."""
+
+    def fuses(self, epilogue: Epilogue, layers: Sequence[SVDQuantTensors]) -> bool:
+        return epilogue.norm is None
+
+    def multiply(
+        self, q: Quantized, layers: Sequence[SVDQuantTensors], out: Tensor, epilogue: Epilogue = NO_EPILOGUE
+    ) -> None:
+        """q as of `reading`; see `Product.multiply`."""
+        start = 0
+        for t in layers:
+            self.launch(q, t, out[..., start : start + t.out_features], epilogue.gelu)
+            start += t.out_features
+
+    @abstractmethod
+    def launch(self, q: Quantized, t: SVDQuantTensors, out: Tensor, gelu: bool) -> None:
+        """One layer into `out` [B, L, N]."""
