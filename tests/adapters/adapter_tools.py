@@ -8,6 +8,7 @@ from typing import Any
 
 import tiny
 import torch
+from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
 import svdquant
@@ -39,6 +40,39 @@ def quantized_flux(dtype: torch.dtype = FP32, activations: str = "none", seed: i
     model = lively(tiny.transformer(seed)).to(dtype)
     svdquant.quantize(model, tiny.config(**config))
     return svdquant.set_activations(model, activations)
+
+
+def quantized_pixart() -> tuple[Any, Callable[[Any], Tensor]]:
+    """A tiny PixArt, quantized without data, with 16-bit activations; and one forward of it."""
+    with tiny._seeded(3):
+        model = PixArtTransformer2DModel(
+            num_attention_heads=4,
+            attention_head_dim=32,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            cross_attention_dim=128,
+            sample_size=8,
+            patch_size=2,
+            caption_channels=32,
+            norm_type="ada_norm_single",
+            num_embeds_ada_norm=100,
+        ).eval()
+    svdquant.quantize(model, tiny.config())
+    svdquant.set_activations(model, "none")
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 8, 8, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 6, 32, generator=generator),
+        "timestep": torch.tensor([50.0]),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+
+    def run(m: Any) -> Tensor:
+        with torch.no_grad():
+            return m(**inputs, return_dict=False)[0]
+
+    return model, run
 
 
 def linears(model: nn.Module) -> dict[str, Any]:

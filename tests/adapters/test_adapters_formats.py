@@ -332,37 +332,8 @@ def test_pixart():
     """diffusers has no LoRA calls for it."""
     from diffusers import PixArtTransformer2DModel
 
-    import svdquant
-
-    with tiny._seeded(3):
-        model = PixArtTransformer2DModel(
-            num_attention_heads=4,
-            attention_head_dim=32,
-            in_channels=4,
-            out_channels=8,
-            num_layers=2,
-            cross_attention_dim=128,
-            sample_size=8,
-            patch_size=2,
-            caption_channels=32,
-            norm_type="ada_norm_single",
-            num_embeds_ada_norm=100,
-        ).eval()
-    svdquant.quantize(model, tiny.config())
-    svdquant.set_activations(model, "none")
+    model, run = tools.quantized_pixart()
     names = ["transformer_blocks.0.attn1.to_q", "transformer_blocks.1.ff.net.2", "caption_projection.linear_1"]
-    generator = torch.Generator().manual_seed(0)
-    inputs = {
-        "hidden_states": torch.randn(1, 4, 8, 8, generator=generator),
-        "encoder_hidden_states": torch.randn(1, 6, 32, generator=generator),
-        "timestep": torch.tensor([50.0]),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    }
-
-    def run(m: Any) -> Tensor:
-        with torch.no_grad():
-            return m(**inputs, return_dict=False)[0]
-
     before = run(model)
     state, changes = dotted(model, "base_model.model.", ("lora_A", "lora_B"), None, names)
     expected = run(tools.dense(model, [(changes, 0.5)]))

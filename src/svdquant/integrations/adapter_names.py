@@ -49,7 +49,7 @@ def by_module(state: dict[str, Tensor], modules: dict[str, Any], start: str) -> 
         found = _LEAF.search(key)
         if found is None:
             return None
-        name = _resolved(key[: found.start()], modules, flat)
+        name = resolved(key[: found.start()], modules, flat)
         if name is None:
             return None
         half = "A" if found[1] else "B" if found[2] else "alpha"
@@ -71,7 +71,7 @@ def _below(key: str, start: str) -> str:
     return key[len(start) :].partition(".lora_")[0] or "-" if key.startswith(start) else "-"
 
 
-def _resolved(base: str, modules: dict[str, Any], flat: dict[str, str]) -> str | None:
+def resolved(base: str, modules: dict[str, Any], flat: dict[str, str]) -> str | None:
     """The model's name, or that of a stack of some of its modules, of what a file calls `base`."""
     for prefix in ("", *_PREFIXES):
         if not base.startswith(prefix):

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ..checkpoint.header import read_header
 from ..errors import SVDQuantError
-from . import pixart
+from . import differences, pixart
 from .adapter_formats import kind_of, needs_conversion, to_lora
 from .adapter_names import by_module
-from .lora_loading import check_lora, fetch_state, module_names, warn_left_out
+from .adapter_vectors import module_names, take_differences
+from .lora_loading import check_lora, fetch_state
 from .requests import denoisers
 
 # Transformer → the mixin of diffusers that knows the names of its adapters.
@@ -151,7 +152,8 @@ def _load_into(model: Any, source: Any, name: str) -> None:
     from diffusers.loaders.peft import PeftAdapterMixin
 
     state = dict(fetch_state(source)[0])
-    warn_left_out(state)
+    whole = take_differences(model, state)
+    state = {key: value for key, value in state.items() if key.rpartition(".")[2] not in differences.LEAVES}
     if needs_conversion(state):
         state = to_lora(state).state
     start = "transformer."
@@ -162,6 +164,8 @@ def _load_into(model: Any, source: Any, name: str) -> None:
     if not isinstance(model, PeftAdapterMixin):
         pixart.adopt(model)
     model.load_lora_adapter(state, adapter_name=name)
+    if whole:
+        differences.keep(model, name, whole)
 
 
 @dataclass

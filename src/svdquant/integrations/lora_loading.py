@@ -12,19 +12,37 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..checkpoint.layout import PICKLES
 from ..errors import SVDQuantError
-from . import common, flux_shapes, switching
+from . import common, differences, flux_shapes, switching
 from .adapter_formats import kind_of, needs_conversion, to_lora
 from .adapter_names import by_module
 from .adapter_nunchaku import from_nunchaku
+from .adapter_vectors import (
+    DIFFERENCES,
+    all_named,
+    bias_differences,
+    module_names,
+    take_differences,
+    vectors,
+    warn_unmatched,
+    with_biases,
+)
 from .requests import denoisers
 from .switching import is_quantized
 
 _MIXIN, _PIPELINES = "diffusers.loaders.peft", "diffusers.loaders.lora_pipeline"
+_SWITCHING = (
+    "set_adapter",
+    "disable_adapters",
+    "enable_adapters",
+    "disable_lora",
+    "enable_lora",
+    "delete_adapters",
+    "unload_lora",
+)
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -34,15 +52,17 @@ def register(module: ModuleType) -> None:
         mixin = module.PeftAdapterMixin
         for name, wrapper in (
             ("load_lora_adapter", _checked),
-            ("set_adapters", switching.quick),
+            ("set_adapters", lambda theirs: differences.following(switching.quick(theirs))),
             ("fuse_lora", _recorded),
             ("unfuse_lora", _recorded),
+            *((name, differences.following) for name in _SWITCHING),
         ):
             _wrap(mixin, name, wrapper)
     elif module.__name__ == _PIPELINES:
         for cls in list(vars(module).values()):
             if isinstance(cls, type) and cls.__name__.endswith("LoraLoaderMixin"):
                 _wrap(cls, "load_lora_weights", _refactored)
+        _wrap(module.LoraBaseMixin, "unfuse_lora", _recorded)
         mixin = module.FluxLoraLoaderMixin
         _wrap(mixin, "_maybe_expand_transformer_param_shape_or_error_", flux_shapes.with_shapes_checked)
         _wrap(mixin, "_maybe_expand_lora_state_dict", flux_shapes.without_quantized)
@@ -57,11 +77,6 @@ def _wrap(cls: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
     ours: Any = wraps(function)(wrapper(function))
     ours._svdquant = True
     setattr(cls, name, classmethod(ours) if bound else ours)
-
-
-def module_names(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by the name it has without adapters."""
-    return {name.replace(".base_layer", ""): m for name, m in model.named_modules() if ".lora_" not in name}
 
 
 def check_lora(model: nn.Module, state_dict: dict[str, Tensor], where: str = "the adapter") -> list[str]:
@@ -131,21 +146,21 @@ def _refactored(load_lora_weights: Any) -> Any:
             return load_lora_weights(self, source, *args, **kwargs)
         access = {name: kwargs[name] for name in _FETCHING if name in kwargs}
         state, metadata = fetch_state(source, **access)
-        warn_left_out(state)
-        differences = bias_differences(state)
-        if any(key.endswith(_DIFFERENCES) for key in state) and kind_of(state) != "difference":
-            source = state = {key: value for key, value in state.items() if not key.endswith(_DIFFERENCES)}
+        denoiser = denoisers(self)[0]
+        whole = take_differences(denoiser, state)
+        biases_of = bias_differences(state)
+        if any(key.endswith(DIFFERENCES) for key in state) and kind_of(state) != "difference":
+            source = state = {key: value for key, value in state.items() if not key.endswith(DIFFERENCES)}
         if needs_conversion(state):
             converted = to_lora(state)
             warnings.warn(converted.sentence(), stacklevel=3)
             source = state = converted.state
-        denoiser = denoisers(self)[0]
         start = "unet." if denoiser is getattr(self, "unet", None) else "transformer."
         if kind_of(state) == "nunchaku":
             source, rest = from_nunchaku(state, denoiser, start)
             state = source
             if rest:
-                _warn_unmatched(denoiser, rest)
+                warn_unmatched(denoiser, rest)
         # A configuration of PEFT's says what the alphas are, and that the names are diffusers'.
         ours = None if metadata else by_module(state, module_names(denoiser), start)
         if ours is not None:
@@ -153,127 +168,32 @@ def _refactored(load_lora_weights: Any) -> Any:
 
         magnitudes: dict[str, Tensor] = {}
         if doras := {key: value for key, value in state.items() if key.endswith(".dora_scale")}:
-            magnitudes = _vectors(self, doras, state, start, "lora_magnitude_vector")
+            magnitudes = vectors(self, doras, state, start, "lora_magnitude_vector")
             source = {key: value for key, value in (ours or state).items() if key not in doras}
 
-        biases = _vectors(self, differences, state, start, "lora_B.bias") if differences else {}
+        biases = vectors(self, biases_of, state, start, "lora_B.bias") if biases_of else {}
 
         def lora_state_dict(*given: Any, **options: Any) -> Any:
-            named = _all_named(self, type(self).lora_state_dict(*given, **options))
+            named = all_named(self, type(self).lora_state_dict(*given, **options))
             tensors = named[0] if isinstance(named, tuple) else named
             if biases:
                 alphas = named[1] if isinstance(named, tuple) else None
-                tensors.update(_with_biases(tensors, biases, alphas or {}))
+                tensors.update(with_biases(tensors, biases, alphas or {}))
             tensors.update(magnitudes)
             return named
 
         self.__dict__["lora_state_dict"] = lora_state_dict
+        before = set(getattr(denoiser, "peft_config", {}))
         try:
-            return load_lora_weights(self, source, *args, **kwargs)
+            out = load_lora_weights(self, source, *args, **kwargs)
         finally:
             self.__dict__.pop("lora_state_dict", None)
-
-    return refactored
-
-
-def _vectors(pipeline: Any, vectors: dict[str, Tensor], state: Any, start: str, end: str) -> dict[str, Tensor]:
-    """One number per output of some modules, of a DoRA's magnitudes say, by the names that PEFT has for them.
-
-    Whoever converts the names of a LoRA converts these: they go as the up-projection of a LoRA of rank 1.
-    """
-    lora: dict[str, Tensor] = {}
-    for key, value in vectors.items():
-        base = key.rpartition(".")[0]
-        down = _down_beside(base, state)
-        if down is None:
-            raise SVDQuantError(f"{key}: has no LoRA beside it; download the adapter again")
-        lora[f"{base}.lora_down.weight"] = torch.ones(1, down.shape[1])
-        lora[f"{base}.lora_up.weight"] = value.reshape(-1, 1).float()
-        lora[f"{base}.alpha"] = torch.tensor(1.0)
-    names = by_module(lora, module_names(denoisers(pipeline)[0]), start)
-    if names is None:
-        out = type(pipeline).lora_state_dict(lora, return_alphas=True)
-        names = _all_named(pipeline, out)[0]
-    return {
-        key.replace(".lora_B.weight", f".{end}"): value[:, 0].contiguous()
-        for key, value in names.items()
-        if key.endswith(".lora_B.weight")
-    }
-
-
-def _down_beside(base: str, state: Any) -> Tensor | None:
-    """A of the LoRA of the module that a file calls `base`."""
-    names = (f"{base}.{end}.weight" for end in ("lora_down", "lora_A"))
-    return next((state[name] for name in names if name in state), None)
-
-
-_DIFFERENCES = (".diff", ".diff_b")
-
-
-def bias_differences(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What an adapter adds to the biases of layers that it has a LoRA for."""
-    found = ((key, value) for key, value in state.items() if key.endswith(".diff_b") and bool(value.any()))
-    return {key: value for key, value in found if _down_beside(key.removesuffix(".diff_b"), state) is not None}
-
-
-def _with_biases(state: dict[str, Tensor], biases: dict[str, Tensor], alphas: dict[str, Any]) -> dict[str, Tensor]:
-    """`lora_B.bias` of every pair, as PEFT wants it, zeros where an adapter changes none.
-
-    PEFT multiplies them by alpha/r, which whoever wrote the file did not mean.
-    """
-    end, out = ".lora_B.weight", {}
-    alpha_of = {key.removesuffix(".alpha"): float(alpha) for key, alpha in alphas.items()}
-    for key, up in state.items():
-        if key.endswith(end):
-            module = key.removesuffix(end)
-            bias = biases.get(f"{module}.lora_B.bias", up.new_zeros(up.shape[0]))
-            out[f"{module}.lora_B.bias"] = (bias * (up.shape[1] / alpha_of.get(module, up.shape[1]))).to(up.dtype)
-    return out
-
-
-def warn_left_out(state: dict[str, Tensor]) -> None:
-    """Names in a warning what nobody takes along: differences of norms, and of layers without a LoRA."""
-    taken = bias_differences(state)
-    left_out = [
-        key for key, value in state.items() if key.endswith(_DIFFERENCES) and key not in taken and bool(value.any())
-    ]
-    if left_out:
-        warnings.warn(
-            f"{len(left_out)} differences of norms, or without a LoRA beside them, are left out: {', '.join(left_out)}",
-            stacklevel=4,
-        )
-
-
-def _all_named(pipeline: Any, outputs: Any) -> Any:
-    """What `lora_state_dict` returns, with the denoiser's name before every key that lacks a component's.
-
-    Its loaders pass over keys without one. Those that are no module's either are named in a warning.
-    """
-    parts = tuple(f"{part}." for part in pipeline._lora_loadable_modules)
-    denoiser = denoisers(pipeline)[0]
-    start = "unet." if denoiser is getattr(pipeline, "unet", None) else "transformer."
-    modules, lost = module_names(denoiser), []
-
-    def named(state: Any) -> Any:
-        if not isinstance(state, dict):
-            return state
-        out = {}
-        for key, value in state.items():
-            whole = key.startswith(parts) or ".lora_" not in key
-            if not whole and key.partition(".lora_")[0] in modules:
-                key = start + key
-            elif not whole:
-                lost.append(key)
-            out[key] = value
+        if whole:
+            loaded = [n for n in getattr(denoiser, "peft_config", {}) if n not in before]
+            differences.keep(denoiser, loaded[0] if loaded else kwargs["adapter_name"], whole)
         return out
 
-    if not isinstance(outputs, tuple):
-        outputs = named(outputs)
-    else:
-        outputs = (named(outputs[0]), *outputs[1:])
-    if lost:
-        _warn_unmatched(denoiser, lost)
-    return outputs
+    return refactored
 
 
 def _checked(load_lora_adapter: Any) -> Any:
@@ -286,7 +206,7 @@ def _checked(load_lora_adapter: Any) -> Any:
             if any(_DOWN in key for key in mine):
                 unmatched = check_lora(self, mine)
                 if unmatched:
-                    _warn_unmatched(self, unmatched)
+                    warn_unmatched(self, unmatched)
                     adapter = {key: v for key, v in adapter.items() if key.removeprefix(start) not in set(unmatched)}
             out = load_lora_adapter(self, adapter, prefix=prefix, hotswap=hotswap, **kw)
         if is_quantized(self):
@@ -300,23 +220,24 @@ def _checked(load_lora_adapter: Any) -> Any:
     return checked
 
 
-def _warn_unmatched(model: nn.Module, keys: list[str]) -> None:
-    warnings.warn(
-        f"{type(model).__name__} has no module for {len(keys)} tensors of the adapter, which are left out: "
-        f"{', '.join(keys)}",
-        stacklevel=5,
-    )
-
-
 def _recorded(change: Any) -> Any:
-    """fuse_lora and unfuse_lora change ranks, which a saved model's configuration states."""
+    """fuse_lora and unfuse_lora change ranks, which a saved model's configuration states.
+
+    Of a pipeline too: its unfuse_lora does not call its models'.
+    """
 
     def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = change(self, *args, **kwargs)
-        if is_quantized(self):
-            config = common.record_layers(self, self.hf_quantizer.quantization_config)
-            self.hf_quantizer.quantization_config = config
-            self.register_to_config(quantization_config=config)
+        for model in [self] if isinstance(self, nn.Module) else denoisers(self):
+            if not is_quantized(model):
+                continue
+            if change.__name__ == "unfuse_lora":
+                differences.unfused(model)
+            else:
+                differences.fused(model, *args[:1], **{k: v for k, v in kwargs.items() if k != "safe_fusing"})
+            config = common.record_layers(model, model.hf_quantizer.quantization_config)
+            model.hf_quantizer.quantization_config = config
+            model.register_to_config(quantization_config=config)
         return out
 
     return recorded

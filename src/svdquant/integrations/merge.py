@@ -20,7 +20,7 @@ from ..nn import make_layer, replace_module
 from ..numerics import SVDQuantTensors
 from ..ptq.requantize import weight_error
 from ..ptq.resolve import solve_again
-from . import attach
+from . import attach, differences
 from .adapters import check_adapter, load_adapter
 from .convert import check_target
 from .sources import resolve_checkpoint
@@ -108,6 +108,7 @@ def merge_into(
     changes = {name: _change(layer) for name, layer in again.items()}
     records = {name: layer.base_layer.tensors() for name, layer in again.items()}
     activations = {name: layer.base_layer.activations for name, layer in again.items()}
+    differences.make_own(model)
     model.unload_lora()
     groups = _groups(records)
     for number, names in enumerate(groups):

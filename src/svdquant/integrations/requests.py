@@ -68,9 +68,16 @@ def _check_loaded(models: list[nn.Module], names: set[str]) -> None:
 
 
 def _layers(model: nn.Module, names: set[str]) -> list[Any]:
+    from .differences import differences_of
     from .peft_dense import RequestLayer, adopt
     from .switching import lora_layers
 
+    kept = differences_of(model)
+    if kept is not None and (changed := sorted(names & kept.adapters.keys())):
+        raise SVDQuantError(
+            f"adapter {changed[0]!r} changes {next(iter(kept.adapters[changed[0]]))}, in which requests of one batch "
+            "cannot differ; draw its pictures in a batch of their own"
+        )
     adopt(model)
     layers = lora_layers(model)
     for layer in layers:
