@@ -130,7 +130,7 @@ def svdquant_linear(
     activations = resolve_activations(activations, t.spec, x.device)
     backend = backend_of(x.device)
     if backend == "triton" and eager.is_unwatched(x) and gpu.supports(t, activations, x.dtype, x.device):
-        return gpu.svdquant_linear(x, t, activations, gelu, out, low_scales)
+        return gpu.svdquant_linear(x, t, activations, gelu, out, low_scales, share=low_scales is None)
     if backend == "native" and eager.is_plain(x) and cpu.supports(t, activations, x.dtype):
         if out is None:
             y = cpu.svdquant_linear(x, t, activations, gelu, low_scales=low_scales)

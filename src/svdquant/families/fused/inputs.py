@@ -1,13 +1,12 @@
 """Inputs that several layers read, on a GPU: normalized, quantized and taken down the low-rank branch in one pass.
 
-On a CPU the layers find out by themselves that they read the same (`kernels.cpu.inputs`); on a GPU comparing contents
-would stop the device, so here it is said in advance.
+On a CPU the layers find out by themselves that they read the same (`kernels.cpu.inputs`), on a GPU where they are
+called one after another with the same tensor (`kernels.gpu.sharing`); what is to be fused with the norm before has to
+be said in advance.
 """
 
 from __future__ import annotations
 
-import hashlib
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,30 +111,8 @@ def reading_key(layer: SVDQuantLinear) -> bytes | None:
 
 
 def _reads(layer: SVDQuantLinear) -> tuple[bytes, str] | None:
-    """(digest of what a layer does to its input, its signature for products).
-
-    Kept while the layer has the same parameters of the same type and nobody has written to them; moving or offloading a
-    model changes none of that. A compiler cannot compute it: None, where nobody has asked before (`install` does).
-    """
+    """`gpu.reading_of` a layer. A compiler cannot compute it: None, where nobody has asked before (`install` does)."""
     if torch.compiler.is_compiling():
         known: tuple[bytes, str] | None = layer.__dict__.get("_memory", {}).get("reads")
         return known
-    memory = layer.__dict__.setdefault("_memory", {})
-    parameters = [p for p in (layer.smooth_factor, layer.proj_down) if p is not None]
-    # References, because an address is given to another parameter once this one is gone.
-    state = [(weakref.ref(p), p.dtype, 0 if p.is_inference() else p._version) for p in parameters]
-    if "reads" not in memory or not _same(memory["reads_from"], state):
-        digest = hashlib.blake2b(digest_size=16)
-        for p in parameters:
-            digest.update(f"{p.dtype} {tuple(p.shape)}".encode())
-            digest.update(p.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
-        memory["reads_from"] = state
-        memory["reads"] = digest.digest(), gpu.signature(layer.tensors())
-    found: tuple[bytes, str] = memory["reads"]
-    return found
-
-
-def _same(before: list[Any], now: list[Any]) -> bool:
-    return len(before) == len(now) and all(
-        a[0]() is b[0]() and a[1:] == b[1:] for a, b in zip(before, now, strict=True)
-    )
+    return gpu.reading_of(layer.tensors())

@@ -4,6 +4,7 @@ from . import operations as operations  # registers them with torch
 from .arch import Arch, arch_of, interpreting, missing
 from .choice import ORDER, PRODUCTS, active, choose, forced, products, signature, takes
 from .linear import Prepared, prepare, project, supports, supports_weight_only, svdquant_linear, w4a16_linear
+from .sharing import reading_of
 from .trial import others_work
 from .types import Before, Epilogue, HeadNorm, Product, Quantized, Reading, Specialization
 
@@ -29,6 +30,7 @@ __all__ = [
     "prepare",
     "products",
     "project",
+    "reading_of",
     "signature",
     "supports",
     "supports_weight_only",

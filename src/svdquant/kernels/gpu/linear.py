@@ -15,6 +15,7 @@ from ...numerics import SVDQuantTensors
 from .. import eager
 from .arch import arch_of
 from .choice import choose, products
+from .sharing import shared
 from .trial import weight_only_works
 from .types import NO_EPILOGUE, Before, Epilogue, Quantized
 
@@ -146,14 +147,22 @@ def svdquant_linear(
     gelu: bool = False,
     out: Tensor | None = None,
     low_scales: Tensor | None = None,
+    share: bool = False,
 ) -> Tensor:
-    """y = Q(x/s)·Ŵᵀ + (x·Dᵀ)·Uᵀ + b for x [..., K], or its GELU (tanh); [..., N] in x's type, as `kernels.dispatch`."""
+    """y = Q(x/s)·Ŵᵀ + (x·Dᵀ)·Uᵀ + b for x [..., K], or its GELU (tanh); [..., N] in x's type, as `kernels.dispatch`.
+
+    share: take the codes of the layer before, where it read this very tensor alike (`sharing`); no low_scales then.
+    """
     shape = (*x.shape[:-1], t.out_features)
     if x.numel() == 0 or (out is not None and out.numel() == 0):
         return x.new_zeros(shape) if out is None else out
     rows = _three(x)
     target = None if out is None else _view_three(out)
-    y = project(prepare(rows, t, activations, low_scales=low_scales), (t,), target, Epilogue(gelu=gelu))
+
+    def make() -> Prepared:
+        return prepare(rows, t, activations, low_scales=low_scales)
+
+    y = project(shared(x, t, activations, make) if share else make(), (t,), target, Epilogue(gelu=gelu))
     if out is None:
         return y.view(shape)
     return out if target is not None else out.copy_(y.view(shape))
