@@ -28,6 +28,9 @@ def lively(model: Any) -> Any:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and re.search(r"norm\w*\.linear$|_mod\.1$|adaLN_modulation\.0$", name):
             torch.nn.init.normal_(module.bias, std=0.7)
+    for name, parameter in model.named_parameters():
+        if name.endswith("scale_shift_table"):
+            torch.nn.init.normal_(parameter, std=0.7)
     return model.eval()
 
 

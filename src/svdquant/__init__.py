@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from .integrations.pipeline import load_pipeline
     from .integrations.requests import adapters_per_request
     from .nn import SVDQuantLinear, W4A16Linear, set_activations
+    from .recipe import read_recipe
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "adapters_per_request": "integrations.requests",
     "quantize": "integrations",
+    "read_recipe": "recipe",
     "load_model": "checkpoint",
     "load_pipeline": "integrations.pipeline",
     "save_model": "checkpoint",
@@ -44,6 +46,7 @@ __all__ = [
     "load_model",
     "load_pipeline",
     "quantize",
+    "read_recipe",
     "save_model",
     "set_activations",
 ]

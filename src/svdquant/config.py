@@ -17,6 +17,7 @@ GROUP_SIZES = {"int4": 64, "nvfp4": 16, "int8": 0}
 MAX_RANK = 256
 # Of one stored layer: published checkpoints split an input that is one here, and their two branches then add up.
 MAX_STORED_RANK = 1024
+_WHOLE_MODEL = {"max_error", "calibration_rows", "seed", "skip", "overrides", "components", "layers"}
 
 
 class QuantizationMethod(str, Enum):
@@ -72,10 +73,14 @@ class SVDQuantConfig:
     gptq: quantize the residual with GPTQ where calibration inputs exist, else round to nearest.
     rotate: block-Hadamard of 128 channels on x/s and W·s; None = on for 4-bit activations with int4 weights.
     modulation: "int4" stores AdaLN linears as W4A16 (as W8A16 beside int8 weights), "none" keeps them in 16 bits.
+    text_kv: "none" keeps the keys and values of cross-attentions, which read the text, in 16 bits, as published recipes
+        do; "int8" or "int4" stores their weights in that (W8A16, W4A16).
     skip: patterns of modules that stay in 16 bits; overrides: pattern → dict of fields of this class, or None to skip.
     keep_16bit_above: layers whose relative output error exceeds it stay in 16 bits.
     int8_activations_above: layers whose error exceeds it are solved again for 8-bit activations.
     max_error: refuse the whole result when a layer's error exceeds it.
+    components: of a pipeline besides its denoisers: name → dict of fields of this class. Only what quantizes whole
+        pipelines reads it; every component's own configuration is stored without it.
     calibration_rows: input rows kept per group. seed: of every random number used.
     layers: filled by quantizing: module name → fields of `LayerSpec`.
     """
@@ -89,8 +94,10 @@ class SVDQuantConfig:
     gptq: bool = True
     rotate: bool | None = None
     modulation: str = "int4"
+    text_kv: str = "none"
     skip: list[str] = field(default_factory=list)
     overrides: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    components: dict[str, dict[str, Any]] = field(default_factory=dict)
     keep_16bit_above: float | None = None
     int8_activations_above: float | None = None
     max_error: float | None = None
@@ -118,6 +125,8 @@ class SVDQuantConfig:
             raise SVDQuantError(f"activations={self.activations!r} is not one of {', '.join(ACTIVATIONS)}")
         if self.modulation not in ("int4", "none"):
             raise SVDQuantError(f"modulation={self.modulation!r} is not one of int4, none")
+        if self.text_kv not in ("none", "int8", "int4"):
+            raise SVDQuantError(f"text_kv={self.text_kv!r} is not one of none, int8, int4")
         for name in ("rank", "refine", "calibration_rows", "seed"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
                 raise SVDQuantError(f"{name}={getattr(self, name)!r} is no whole number")
@@ -144,11 +153,25 @@ class SVDQuantConfig:
             unknown = set(override or ()) - {f.name for f in fields(self)}
             if unknown:
                 raise SVDQuantError(f"override {pattern!r} has unknown fields: {', '.join(sorted(unknown))}")
-            whole = set(override or ()) & {"max_error", "calibration_rows", "seed", "skip", "overrides", "layers"}
+            whole = set(override or ()) & _WHOLE_MODEL
             if whole:
                 raise SVDQuantError(f"override {pattern!r}: {', '.join(sorted(whole))} holds for the whole model only")
             if override:
-                replace(self, overrides={}, **override)
+                replace(self, overrides={}, components={}, **override)
+        for name, values in self.components.items():
+            self._check_component(name, values)
+
+    def _check_component(self, name: str, values: dict[str, Any]) -> None:
+        """Raises `SVDQuantError` where the configuration of a component cannot be."""
+        if not isinstance(values, dict):
+            raise SVDQuantError(f"component {name!r} is {values!r}, not options of its own")
+        unknown = set(values) - {f.name for f in fields(self)} | set(values) & {"components", "layers"}
+        if unknown:
+            raise SVDQuantError(f"component {name!r} has unknown fields: {', '.join(sorted(unknown))}")
+        try:
+            SVDQuantConfig(**values)
+        except SVDQuantError as error:
+            raise SVDQuantError(f"component {name!r}: {error}") from error
 
     @property
     def weight_group_size(self) -> int:
@@ -165,6 +188,11 @@ class SVDQuantConfig:
     def modulation_weights(self) -> str:
         """Stored format of AdaLN linears, or "none"."""
         return "int8" if self.modulation == "int4" and self.weights == "int8" else self.modulation
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether nothing but the weights is quantized (W4A16): no branch, no smoothing, activations as they are."""
+        return self.activations == "none" and self.rank == 0 and not self.smooth_grid and self.weights != "nvfp4"
 
     @property
     def use_rotation(self) -> bool:

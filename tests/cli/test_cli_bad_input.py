@@ -121,7 +121,7 @@ def test_rank_above_the_layer(command: Callable, source: Path, tmp_path: Path) -
 def test_calibration_that_reaches_no_layer(
     command: Callable, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("svdquant.integrations.calibration.draw", lambda *_: [])
+    monkeypatch.setattr("svdquant.integrations.calibration.draw_to_calibrate", lambda *_: [])
     sentence = quantize(command, source, tmp_path / "out", "--prompt", "a cat", *SMALL)
     assert "calibration never reached transformer_blocks.0" in sentence
 
@@ -235,9 +235,7 @@ def test_the_other_model_is_looked_for_before_drawing(
     assert "--base" in generate(command, quantized, tmp_path / "cat.png", "--compare", source / "transformer")
 
 
-def test_a_single_file_cannot_be_planned(command: Callable, source: Path, tmp_path: Path) -> None:
-    sentence = command("plan", source / WEIGHTS).refusal()
-    assert "lacks its configuration; give its pipeline folder" in sentence
+def test_what_is_no_model_cannot_be_planned(command: Callable, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
     assert "is not a model" in command("plan", tmp_path / "notes.txt").refusal()
 

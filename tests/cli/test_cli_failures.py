@@ -75,7 +75,7 @@ def test_interrupt(command: Callable, source: Path, tmp_path: Path, monkeypatch:
     def interrupt(*_args: object, **_kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("svdquant.integrations.calibration.draw", interrupt)
+    monkeypatch.setattr("svdquant.integrations.calibration.draw_to_calibrate", interrupt)
     done = command("quantize", source, "-o", tmp_path / "out", "--rank", 16, "--prompt", "a cat")
     assert done.code == 130 and len(done.err.splitlines()) == 1 and "the same command goes on" in done.err
     assert not (tmp_path / "out").exists()

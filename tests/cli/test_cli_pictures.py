@@ -12,8 +12,8 @@ from PIL import Image
 from svdquant import SVDQuantError
 from svdquant.cli.console import Stages, size, table
 from svdquant.cli.pictures import IDENTICAL_DB, picture_paths, psnr, save_picture, slug
-from svdquant.cli.plan import _ranges
 from svdquant.cli.sheet import contact_sheet
+from svdquant.ptq.names import ranges
 
 
 def picture(value: int, side: int = 8) -> Image.Image:
@@ -58,7 +58,7 @@ def test_table_and_sizes() -> None:
     assert [size(n) for n in (512, 2048, 3 * 2**20, 5 * 2**30, 3 * 2**40)] == [
         "512 B", "2.0 KiB", "3.0 MiB", "5.00 GiB", "3072.00 GiB"
     ]  # fmt: skip
-    assert _ranges([0, 1, 2, 5]) == "0-2,5"
+    assert ranges([0, 1, 2, 5]) == "0-2,5"
 
 
 def test_progress_without_a_terminal_is_silent_at_first(capsys: pytest.CaptureFixture[str]) -> None:

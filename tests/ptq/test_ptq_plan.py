@@ -333,6 +333,86 @@ def test_rank_too_large():
         make_plan(nn.Sequential(linear(128, 96)), SVDQuantConfig(rank=100))
 
 
+def test_layers_narrower_than_the_rank_stay():
+    model = nn.Sequential(linear(256, 20), linear(20, 256), linear(256, 256))
+    plan = make_plan(model, SVDQuantConfig(rank=32))
+    assert [layer.reason for layer in plan.layers.values()] == ["narrower than the rank"] * 2 + [""]
+    assert make_plan(model, SVDQuantConfig(rank=20)).layers["1"].kind == "svdquant"
+
+
+def test_every_layer_narrower_than_the_rank():
+    """The widest decides what the rank may be; modulation, which has no branch, does not count."""
+    block = nn.ModuleDict({"mod": linear(), "a": linear(128, 96), "b": linear(96, 64)})
+    model = nn.ModuleDict({"blocks": nn.ModuleList([block])})
+    with pytest.raises(SVDQuantError, match=r"rank 100 exceeds blocks.0.a, which is 96×128; use --rank 96 or less"):
+        make_plan(model, SVDQuantConfig(rank=100))
+
+
+@pytest.mark.parametrize(("stored", "group_size"), [("int8", 0), ("int4", 64)])
+def test_text_keys_and_values(stored, group_size):
+    plan = make_plan(Toy(), SVDQuantConfig(rank=16, text_kv=stored, overrides={"blocks.1.*": {"text_kv": "none"}}), run)
+    for leaf in ("to_k", "to_v"):
+        layer = plan.layers[f"blocks.0.attn2.{leaf}"]
+        assert layer.spec == LayerSpec("w4a16", stored, group_size, 0, "none", (), False, False)
+        assert (layer.kind, layer.reason) == ("w4a16", "text keys and values: weights only")
+        assert plan.layers[f"blocks.1.attn2.{leaf}"].reason == "reads the text of a cross-attention"
+    assert plan.layers["blocks.0.attn2.to_q"].kind == "svdquant"
+
+
+def test_one_block_is_enough_to_know_the_text():
+    """No second block reads it, but the queries of the same attention read something else."""
+    assert make_plan(Toy(1), CONFIG, run).layers["blocks.0.attn2.to_k"].reason == "reads the text of a cross-attention"
+
+
+def named(**names):
+    """Three linears in a block, under these names; no forward can be run."""
+    block = nn.ModuleDict({name: nn.ModuleDict({leaf: linear() for leaf in leaves}) for name, leaves in names.items()})
+    return make_plan(nn.ModuleDict({"blocks": nn.ModuleList([block])}), CONFIG)
+
+
+QKV = ("to_q", "to_k", "to_v")
+
+
+@pytest.mark.parametrize(
+    ("attention", "beside", "kept"),
+    [("attn2", "attn1", True), ("audio_attn2", "audio_attn1", True), ("attn2", "attn", False),
+     ("cross_attn", "attn", True), ("cross_attention", "self_attention", True), ("va_cross_attention", "attn", False)],
+)  # fmt: skip
+def test_text_by_names(attention, beside, kept):
+    plan = named(**{beside: QKV, attention: QKV})
+    kinds = [plan.layers[f"blocks.0.{attention}.{leaf}"].kind for leaf in QKV]
+    assert kinds == ["svdquant"] + ["keep" if kept else "svdquant"] * 2
+    assert tuple(f"blocks.0.{beside}.{leaf}" for leaf in QKV) in members(plan)
+
+
+def test_by_names_only_inputs_of_one_width_are_shared():
+    block = nn.ModuleDict({"joint": nn.ModuleDict({"to_q": linear(128), "to_k": linear(64), "to_v": linear(64)})})
+    plan = make_plan(nn.ModuleDict({"blocks": nn.ModuleList([block])}), CONFIG)
+    assert members(plan) == [("blocks.0.joint.to_q",), ("blocks.0.joint.to_k", "blocks.0.joint.to_v")]
+
+
+@pytest.mark.parametrize(
+    ("name", "shared"),
+    [("time_proj", True), ("adaln_single.linear", True), ("stream_modulation.linear", True),
+     ("time_embed.linear", True),
+     ("time_embed.emb.linear", False), ("final_layer.modulation.1", False), ("norm_out.linear", False)],
+)  # fmt: skip
+def test_modulation_of_all_blocks_stays(name, shared):
+    inner: nn.Module = linear(128, 768)
+    for part in reversed(name.split(".")):
+        inner = nn.ModuleDict({part: inner})
+    inner["blocks"] = nn.ModuleList([nn.ModuleDict({"x": linear()})])
+    reason = make_plan(inner, CONFIG).layers[name].reason
+    assert reason == ("modulation shared by all blocks" if shared else "embedding, final norm or projection")
+
+
+def test_shortcuts_around_convolutions_stay():
+    block = nn.ModuleDict({"conv_shortcut": nn.Conv2d(128, 128, 1), "conv_inverted": nn.Conv2d(128, 256, 1)})
+    plan = make_plan(nn.ModuleDict({"blocks": nn.ModuleList([block])}), CONFIG)
+    assert plan.layers["blocks.0.conv_shortcut"].reason == "shortcut around convolutions"
+    assert plan.layers["blocks.0.conv_inverted"].kind == "svdquant"
+
+
 def test_nothing_left():
     for model, config in ((nn.Sequential(nn.ReLU()), CONFIG), (Toy(1), SVDQuantConfig(skip=["*"]))):
         with pytest.raises(SVDQuantError, match="has no linear left to quantize"):

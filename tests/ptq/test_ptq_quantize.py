@@ -199,7 +199,7 @@ def partly(model):
     ("fields", "run", "message"),
     [
         ({"max_error": 1e-3}, calibrate, r"12 layers exceed the relative error 0\.001: blocks"),
-        ({"rank": 65}, calibrate, r"rank 65 exceeds blocks\.0\.q, which is 64×128"),
+        ({"rank": 200}, calibrate, r"rank 200 exceeds blocks\.0\.\w+, which is \d+×\d+; use --rank 128 or less"),
         ({"skip": ["nothing"]}, calibrate, "pattern 'nothing' matches no linear"),
         ({}, never, "calibrate returned without calling Toy"),
         ({}, partly, r"calibration inputs of blocks\.0\.q hold NaN or infinity"),

@@ -62,8 +62,15 @@ def open_checkpoint(path: str | Path, component: str | None = None) -> Checkpoin
         raise SVDQuantError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     if path.suffix in PICKLES:
         raise SVDQuantError(f"{path}: pickle files can run code; convert to safetensors")
+    if path.suffix == ".gguf":
+        raise SVDQuantError(
+            f"{path}: GGUF holds quantized weights; give the .safetensors of the model in 16 bits or fp8"
+        )
     if is_file and path.suffix in (".safetensors", ".sft"):
         return _single_file(path)
+    if is_file and path.name.endswith(".safetensors.index.json"):
+        files, tensors, metadata = _shards(path)
+        return Checkpoint(path, files, {}, None, "", "", tensors, metadata, is_file=True)
     if is_file:
         raise SVDQuantError(f"{path}: is not a model; give {ACCEPTED}")
     if not is_dir:

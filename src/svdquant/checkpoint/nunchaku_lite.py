@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from .skeleton import cast_floating, set_tensor
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 _GROUPS = {"int4": 64, "nvfp4": 16}
+# Relative, of a bias that is stored in 16 bits.
+_ROUNDING = 2.0**-7
 
 
 def load(checkpoint: Checkpoint, dtype: torch.dtype, device: Any = None) -> nn.Module:
@@ -119,8 +122,9 @@ def save(model: Any, folder: Path) -> list[str]:
     kinds = {records[name].spec.weights for name in w4a4}
     if len(kinds) > 1:
         raise SVDQuantError("the model has int4 and nvfp4 layers, the format holds one of them; convert it to one")
+    # diffusers' layers always have a branch.
     rank = max((records[name].spec.rank for name in w4a4), default=0)
-    rank = -(-rank // RANK_TILE) * RANK_TILE
+    rank = max(-(-rank // RANK_TILE), 1) * RANK_TILE
     precision = next(iter(kinds), "int4")
     half = next((p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)), torch.bfloat16)
     quantization: dict[str, Any] = {"quant_method": "nunchaku_lite", "compute_dtype": str(half).removeprefix("torch.")}
@@ -135,28 +139,54 @@ def save(model: Any, folder: Path) -> list[str]:
         quantization["awq_w4a16"] = {"precision": "int4", "group_size": AWQ_GROUP, "targets": w4a16}
     plain = {n: t for n, t in model.state_dict().items() if n.rpartition(".")[0] not in records}
     names = [*plain, *(f"{name}.{leaf}" for name in records for leaf in LEAVES)]
+    stock = _without_biases(model)
+    shifted, rounded = {name for name, record in records.items() if record.spec.unsigned}, 0
     folder.mkdir(parents=True, exist_ok=True)
     with streamed_file(folder / WEIGHTS_FILE, names, {"format": "pt"}) as file:
         for name, record in records.items():
-            for leaf, value in _packed(record, rank, layers[name]).items():
+            plain_record = with_shift(record, False) if record.spec.kind == "svdquant" else record
+            if name in stock:
+                plain_record = _without_bias(name, plain_record, record)
+            rounded += name in shifted and plain_record.bias is not None
+            for leaf, value in _packed(plain_record, rank).items():
                 file.add(f"{name}.{leaf}", value)
         for name, value in plain.items():
             file.add(name, value)
     config = json.loads(model.to_json_string()) | {"quantization_config": quantization}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    shifted = sum(bool(record.spec.unsigned) for record in records.values())
-    if not shifted:
+    if not rounded:
         return []
     return [
-        f"the format has no unsigned activations: {shifted} layers after a GELU become signed, the shift leaves their "
+        f"the format has no unsigned activations: {rounded} layers after a GELU become signed, the shift leaves their "
         "rounded biases"
     ]
 
 
-def _packed(record: SVDQuantTensors, rank: int, layer: Any) -> dict[str, Tensor]:
+def _without_biases(model: Any) -> set[str]:
+    """Linears that have no bias in the stock class, which then has no place for one."""
+    from .canonical import empty_model
+
+    config = {key: value for key, value in model.config.items() if key != "quantization_config"}
+    modules = empty_model(type(model), config, torch.bfloat16).named_modules()
+    return {name for name, module in modules if isinstance(module, nn.Linear) and module.bias is None}
+
+
+def _without_bias(name: str, record: SVDQuantTensors, before: SVDQuantTensors) -> SVDQuantTensors:
+    """The record of a layer whose bias held a shift and nothing else; `before`: with the shift."""
+    if record.bias is None:
+        return record
+    left = float(record.bias.abs().max())
+    # What rounding leaves of a sum that is zero.
+    noise = 0.0 if before.bias is None or before is record else float(before.bias.abs().max()) * _ROUNDING
+    if left > noise:
+        raise SVDQuantError(f"{name} has a bias, which the class in diffusers lacks there; save the model as svdquant")
+    return replace(record, bias=None)
+
+
+def _packed(record: SVDQuantTensors, rank: int) -> dict[str, Tensor]:
     if record.spec.kind == "w4a16":
         return write_w4a16(record)
-    packed = write_linear(with_shift(record, False), rank, legacy=False)
+    packed = write_linear(record, rank, legacy=False)
     packed.pop("smooth_factor_orig")
     if record.spec.weights == "nvfp4":
         # Both outer scales are there, one of them ones.

@@ -41,6 +41,7 @@ _FORMATS: dict[str, dict[str, Any]] = {
     },
 }
 Records = dict[str, SVDQuantTensors]
+TEXT_ENCODERS = ("T5EncoderModel",)
 
 
 def save(model: Any, path: Path, blocks_only: bool = False) -> list[str]:
@@ -148,7 +149,8 @@ def _compose(linear: StoredLinear, records: Records) -> list[tuple[Piece, SVDQua
 
 def _common_rank(layout: Layout, records: Records) -> int:
     ranks = [record.spec.rank for linear in layout.linears for _, record in _compose(linear, records)]
-    return -(-max(ranks, default=0) // RANK_TILE) * RANK_TILE
+    # Nunchaku's layers always have a branch.
+    return max(-(-max(ranks, default=0) // RANK_TILE), 1) * RANK_TILE
 
 
 def _names(layout: Layout, plain: list[str]) -> list[str]:
@@ -243,6 +245,8 @@ def _comfy_config(model: Any) -> dict[str, Any]:
 
 
 def _save_text_encoder(model: Any, records: Records, path: Path) -> list[str]:
+    if type(model).__name__ not in TEXT_ENCODERS:
+        raise SVDQuantError(f"Nunchaku has no {type(model).__name__}; save it as svdquant")
     if path.suffix not in (".safetensors", ".sft"):
         raise SVDQuantError(f"{path}: Nunchaku stores a text encoder as one file; end it in .safetensors")
     for name, record in records.items():

@@ -1,4 +1,4 @@
-"""`svdquant generate`: pictures from a quantized (or 16-bit) pipeline, side by side with another if asked."""
+"""`svdquant generate`: pictures or videos from a quantized (or 16-bit) pipeline, side by side with another if asked."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 
 from ..config import ACTIVATIONS
 from ..errors import SVDQuantError
+from .clips import check_output, save_clip, still
 from .console import Stages, print_json, quiet_libraries
 from .failures import doing
 from .options import ActivationsDial, Base, Device, Dtype, Json, drawing_flags, takes
@@ -21,15 +22,23 @@ from .sheet import contact_sheet
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ..integrations.drawing import Clip
+
 
 @dataclass
 class Drawn:
-    """One picture and what it took."""
+    """One picture or video, what it took, and the file of its sound."""
 
     prompt: str
     seed: int
-    picture: Image
+    picture: Image | Clip
     seconds: float
+    sound: Path | None = None
+
+    @property
+    def image(self) -> Image:
+        """To look at on a sheet."""
+        return still(self.picture) if hasattr(self.picture, "frames") else self.picture
 
 
 @takes(options=drawing_flags)
@@ -43,7 +52,8 @@ def generate(
             "--output",
             "-o",
             metavar="FILE|FOLDER",
-            help="A .png, .jpg or .webp file, or a folder; picture.png, for several the folder pictures.",
+            help="A .png, .jpg or .webp file, for videos .mp4, .webp or .gif, or a folder; picture.png or clip.webp, "
+            "for several the folder pictures.",
         ),
     ] = None,
     seed: Annotated[
@@ -63,21 +73,29 @@ def generate(
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Draw pictures. With --compare, also a side-by-side sheet and the PSNR of each picture."""
+    """Draw pictures or videos. With --compare, also a side-by-side sheet and the PSNR of each picture."""
     if activations is not None and activations not in ACTIVATIONS:
         raise SVDQuantError(f"activations={activations!r} is not one of {', '.join(ACTIVATIONS)}")
     seeds = seed or [0]
-    if output is None:
-        output = Path("picture.png" if len(prompts) * len(seeds) == 1 else "pictures")
-    paths = picture_paths(output, prompts, seeds)
+    if output is not None:
+        check_output(output)
     quiet_libraries()
     from ..integrations.adapter_formats import strength_of
     from ..integrations.adapters import check_adapter
+    from ..integrations.drawing import PipelineOptions, makes_clips
     from ..integrations.pipeline import check_model
 
+    clips = False
     for name in (model,) if compare is None else (model, compare):
         with doing(f"opening {name}"):
-            check_model(name, base)
+            cls = check_model(name, base).cls
+        if cls is not None:
+            PipelineOptions(**options).check(cls)
+            clips = makes_clips(cls) and options["num_frames"] != 1
+    if output is None:
+        single = "clip.webp" if clips else "picture.png"
+        output = Path(single if len(prompts) * len(seeds) == 1 else "pictures")
+    paths = picture_paths(output, prompts, seeds, clips)
     for text in lora or []:
         check_adapter(strength_of(text)[0])
     loading = {"dtype": dtype, "device": device, "base": base}
@@ -92,24 +110,39 @@ def generate(
     if json:
         print_json(
             {
-                "pictures": [
-                    {
-                        "prompt": d.prompt,
-                        "seed": d.seed,
-                        "file": str(path),
-                        "seconds": round(d.seconds, 3),
-                        "psnr": ratio,
-                    }
-                    for d, path, ratio in zip(drawn, paths, ratios, strict=True)
-                ],
+                "pictures": [_as_json(d, path, r) for d, path, r in zip(drawn, paths, ratios, strict=True)],
                 "sheet": None if sheet is None else str(sheet),
             }
         )
         return
     for d, path, ratio in zip(drawn, paths, ratios, strict=True):
         typer.echo(f"{path}  {d.seconds:.1f} s" + ("" if ratio is None else f"  {ratio:.2f} dB"))
+        if d.sound is not None:
+            typer.echo(f"{d.sound}  sound")
     if sheet is not None:
         typer.echo(f"{sheet}  side by side")
+
+
+def _as_json(drawn: Drawn, path: Path, ratio: float | None) -> dict[str, Any]:
+    entry = {
+        "prompt": drawn.prompt,
+        "seed": drawn.seed,
+        "file": str(path),
+        "seconds": round(drawn.seconds, 3),
+        "psnr": ratio,
+    }
+    if hasattr(drawn.picture, "frames"):
+        entry |= {"frames": len(drawn.picture.frames), "fps": drawn.picture.fps}
+        entry["sound"] = None if drawn.sound is None else str(drawn.sound)
+    return entry
+
+
+def _save(picture: Image | Clip, path: Path) -> Path | None:
+    """The file of the sound, if there is any."""
+    if hasattr(picture, "frames"):
+        return save_clip(picture, path)
+    save_picture(picture, path)
+    return None
 
 
 def _draw(
@@ -140,9 +173,11 @@ def _draw(
             progress("draw", number, total, prompt)
             began = time.perf_counter()
             picture = draw(pipe, [prompt], [seed], PipelineOptions(**options))[0]
-            drawn.append(Drawn(prompt, seed, picture, time.perf_counter() - began))
-            if paths:
-                save_picture(picture, paths[number])
+            if options["num_frames"] == 1 and hasattr(picture, "frames"):
+                picture = picture.frames[0]
+            seconds = time.perf_counter() - began
+            sound = _save(picture, paths[number]) if paths else None
+            drawn.append(Drawn(prompt, seed, picture, seconds, sound))
     del pipe
     gc.collect()
     return drawn
@@ -164,7 +199,7 @@ def _sheet_path(output: Path, paths: list[Path]) -> Path:
 def _sheet(drawn: list[Drawn], reference: list[Drawn], ratios: list[Any], name: str, other: str) -> Image:
     captions = [f"{d.prompt} (seed {d.seed})" for d in drawn]
     cells = [
-        [(theirs.picture, f"{theirs.seconds:.1f} s"), (ours.picture, f"{ratio:.1f} dB, {ours.seconds:.1f} s")]
+        [(theirs.image, f"{theirs.seconds:.1f} s"), (ours.image, f"{ratio:.1f} dB, {ours.seconds:.1f} s")]
         for ours, theirs, ratio in zip(drawn, reference, ratios, strict=True)
     ]
     return contact_sheet(captions, [other, name], cells)

@@ -23,6 +23,7 @@ def inspect(
     component: Annotated[
         str | None, typer.Option("--component", metavar="NAME", help="Of a pipeline; its denoiser.")
     ] = None,
+    leftovers: Annotated[bool, typer.Option("--leftovers", help="A table of what is in 16 bits besides them.")] = False,
     json: Json = False,
 ) -> None:
     """Show the format, layers and sizes of a checkpoint, from its headers. A Hub id is downloaded first."""
@@ -43,6 +44,8 @@ def inspect(
         columns = ["kind", "weights", "group_size", "rank", "activations", "rotate", "unsigned"]
         rows = [[entry["name"], *(_cell(entry[column]) for column in columns)] for entry in listed]
         typer.echo("\n" + table(["layer", *columns], rows, "<<<>><<<"))
+    if leftovers and info.leftovers is not None:
+        typer.echo("\n" + info.leftovers.table())
 
 
 def _layers(path: Any, component: str | None) -> list[dict[str, Any]]:
@@ -85,6 +88,10 @@ def _text(info: CheckpointInfo) -> str:
             f"low rank    {size(info.low_rank_bytes)}",
             f"other       {size(info.other_bytes)}",
         ]
+    if info.leftovers is not None:
+        held = info.leftovers
+        lines.append(f"in 16 bits  {size(held.bytes)}, {100 * held.share:.1f} % of the bytes that the 16-bit model had")
+        lines += [f"hint        {hint}"] if (hint := held.hint()) else []
     types = ", ".join(f"{name} (×{n})" for name, n in info.dtypes.items())
     lines += [
         f"total       {size(info.total_bytes)} in {info.tensors} tensors, {info.files} file{'s' * (info.files != 1)}",

@@ -6,12 +6,14 @@ import functools
 import inspect
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..config import ACTIVATIONS, WEIGHTS, SVDQuantConfig
 from ..errors import SVDQuantError
+from .recipes import with_recipe
 
 _QUANTIZATION, _DRAWING = "Quantization", "Drawing"
 
@@ -20,7 +22,7 @@ def _either(names: tuple[str, ...]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A pipeline folder or a Hub id.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A pipeline folder, a Hub id, or a fine-tune as one file.")]
 ActivationsDial = Annotated[
     str | None,
     typer.Option("--activations", metavar="FORMAT", help=f"{_either(ACTIVATIONS)}; the default is the device's best."),
@@ -33,13 +35,26 @@ Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Of every random 
 Base = Annotated[
     str | None,
     typer.Option(
-        "--base", metavar="PIPELINE", help="The pipeline of a model that comes without one: folder or Hub id."
+        "--base", metavar="PIPELINE", help="The pipeline of a model or file that comes without one: folder or Hub id."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
+Recipe = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe",
+        metavar="FILE.toml",
+        help="Fields of SVDQuantConfig; flags given besides it win.",
+        rich_help_panel=_QUANTIZATION,
+    ),
+]
+
+
 def config_flags(
+    ctx: typer.Context,
+    recipe: Recipe = None,
     weights: Annotated[
         str,
         typer.Option(
@@ -118,6 +133,15 @@ def config_flags(
             rich_help_panel=_QUANTIZATION,
         ),
     ] = "int4",
+    text_kv: Annotated[
+        str,
+        typer.Option(
+            "--text-kv",
+            metavar="FORMAT",
+            help="Keys and values of the text: int8, int4, or none to keep them.",
+            rich_help_panel=_QUANTIZATION,
+        ),
+    ] = "none",
     keep_16bit_above: Annotated[
         float | None,
         typer.Option(
@@ -144,24 +168,26 @@ def config_flags(
         typer.Option("--calibration-rows", metavar="N", help="Inputs kept per layer.", rich_help_panel=_QUANTIZATION),
     ] = 4096,
 ) -> SVDQuantConfig:
-    """The flags of `svdquant.quantize`, under the names of `SVDQuantConfig`."""
-    return SVDQuantConfig(
-        weights=weights,
-        activations=activations,
-        group_size=group_size,
-        rank=rank,
-        smooth=smooth_grid if smooth and smooth_grid is not None else smooth,
-        refine=refine,
-        gptq=gptq,
-        rotate=rotate,
-        modulation=modulation,
-        skip=list(skip or ()),
-        overrides=dict(parse_override(text) for text in override or ()),
-        keep_16bit_above=keep_16bit_above,
-        int8_activations_above=int8_activations_above,
-        max_error=max_error,
-        calibration_rows=calibration_rows,
-    )
+    """The flags of `svdquant.quantize`, under the names of `SVDQuantConfig`; below those given, a recipe's fields."""
+    flags: dict[str, Any] = {
+        "weights": weights,
+        "activations": activations,
+        "group_size": group_size,
+        "rank": rank,
+        "smooth": smooth_grid if smooth and smooth_grid is not None else smooth,
+        "refine": refine,
+        "gptq": gptq,
+        "rotate": rotate,
+        "modulation": modulation,
+        "text_kv": text_kv,
+        "skip": list(skip or ()),
+        "overrides": dict(parse_override(text) for text in override or ()),
+        "keep_16bit_above": keep_16bit_above,
+        "int8_activations_above": int8_activations_above,
+        "max_error": max_error,
+        "calibration_rows": calibration_rows,
+    }
+    return with_recipe(ctx, recipe, flags)
 
 
 def drawing_flags(
@@ -182,6 +208,14 @@ def drawing_flags(
         int | None,
         typer.Option("--width", metavar="N", min=1, help="In pixels; the model's own.", rich_help_panel=_DRAWING),
     ] = None,
+    num_frames: Annotated[
+        int | None,
+        typer.Option("--num-frames", metavar="N", min=1, help="Of a video; the model's own.", rich_help_panel=_DRAWING),
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option("--fps", metavar="X", min=0.1, help="Frames a second of a video.", rich_help_panel=_DRAWING),
+    ] = None,
     max_sequence_length: Annotated[
         int | None,
         typer.Option(
@@ -192,15 +226,30 @@ def drawing_flags(
         str | None,
         typer.Option("--negative-prompt", metavar="TEXT", help="Where the pipeline has one.", rich_help_panel=_DRAWING),
     ] = None,
+    image: Annotated[
+        str | None,
+        typer.Option("--image", metavar="FILE", help="A picture to draw from.", rich_help_panel=_DRAWING),
+    ] = None,
+    mask_image: Annotated[
+        str | None,
+        typer.Option("--mask-image", metavar="FILE", help="White where to draw.", rich_help_panel=_DRAWING),
+    ] = None,
 ) -> dict[str, Any]:
     """Fields of `PipelineOptions`."""
+    for file in (image, mask_image):
+        if file is not None and not Path(file).is_file():
+            raise SVDQuantError(f"{file}: does not exist; give a picture")
     return {
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
         "height": height,
         "width": width,
+        "num_frames": num_frames,
+        "fps": fps,
         "max_sequence_length": max_sequence_length,
         "negative_prompt": negative_prompt,
+        "image": image,
+        "mask_image": mask_image,
     }
 
 

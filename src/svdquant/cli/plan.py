@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,12 +10,11 @@ import typer
 from ..config import SVDQuantConfig
 from .console import print_json, quiet_libraries, size, table
 from .failures import doing
-from .options import Json, config_flags, takes
+from .options import Base, Json, config_flags, takes
 
 if TYPE_CHECKING:
+    from ..ptq.memory import Memory
     from ..ptq.plan import LayerPlan, Plan
-
-_NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 
 
 @takes(config=config_flags)
@@ -24,32 +22,48 @@ def plan(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="A folder, a config.json, a Hub id, or a diffusers class like FluxTransformer2DModel."
+            metavar="MODEL",
+            help="A folder, a config.json, a Hub id, or a model class like FluxTransformer2DModel.",
         ),
     ],
     config: SVDQuantConfig,
+    component: Annotated[
+        str | None,
+        typer.Option("--component", metavar="NAME", help="Of a pipeline, e.g. text_encoder_2; its denoiser."),
+    ] = None,
+    base: Base = None,
     every: Annotated[bool, typer.Option("--all", help="One line per layer, blocks not joined.")] = False,
+    leftovers: Annotated[bool, typer.Option("--leftovers", help="Also a table of what stays in 16 bits.")] = False,
     data_free: Annotated[bool, typer.Option("--data-free", help="Estimate without calibration.")] = False,
     dtype: Annotated[str, typer.Option("--dtype", metavar="NAME", help="Of the 16-bit model.")] = "bfloat16",
+    tokens: Annotated[
+        int, typer.Option("--tokens", metavar="N", min=1, help="Rows that a layer multiplies, for its memory.")
+    ] = 4608,
     json: Json = False,
 ) -> None:
     """Show which layers quantizing would turn into what, their sizes, and how long it takes. Downloads no weights."""
     import torch
 
+    from ..integrations.components import planned_config
     from ..integrations.pipeline import parse_dtype, skeleton
+    from ..ptq.leftovers import find_leftovers, percent
+    from ..ptq.memory import estimate
     from ..ptq.plan import make_plan
     from .estimate import minutes
 
     quiet_libraries()
     with doing(f"planning {model}"):
-        made = make_plan(skeleton(model, parse_dtype(dtype) or torch.bfloat16), config)
+        planned = skeleton(model, parse_dtype(dtype) or torch.bfloat16, component, base)
+        config = planned_config(config, planned, component)
+        made = make_plan(planned, config)
+        stayed = find_leftovers(planned, made, config)
+        memory = estimate(planned, made, config, not data_free, tokens)
     cost = {g.name: minutes(g, config, calibrated=not data_free) for g in made.groups}
     if json:
-        print_json(_as_json(made, cost))
+        print_json(_as_json(made, cost) | {"leftovers": stayed.to_dict(), "memory": asdict(memory)})
         return
-    lines = [_Line([layer]) for layer in made.layers.values()]
-    if not every:
-        lines = _joined(lines)
+    layers = list(made.layers.values())
+    lines = [_Line(layer.name, [layer]) for layer in layers] if every else _joined(layers)
     rows = [line.cells(cost) for line in lines]
     typer.echo(table(["layer", "", "kind", "group or reason", "K×N", "before", "after", "min"], rows, "<<<<>>>>"))
     quantized = sum(layer.kind != "keep" for layer in made.layers.values())
@@ -58,18 +72,29 @@ def plan(
         f" {size(made.bytes_before)} → {size(made.bytes_after)}, about {_minutes(sum(cost.values()))} min to solve on "
         "two CPU cores, drawing the calibration pictures not counted"
     )
+    typer.echo(_memory(memory))
+    typer.echo(stayed.hint() or f"{percent(stayed.share)} of the model's bytes stay in 16 bits")
+    if leftovers or every:
+        typer.echo("\n" + stayed.table())
+
+
+def _memory(memory: Memory) -> str:
+    cpu, gpu = (size(memory.multiplying[name]) for name in ("cpu", "gpu"))
+    return (
+        f"memory: {size(memory.weights)} of weights, and up to {cpu} on a CPU, {gpu} on a GPU while a layer multiplies "
+        f"{memory.tokens:,} tokens; solving takes up to {size(memory.solving)}, for {memory.solving_group}"
+    )
 
 
 @dataclass
 class _Line:
-    """Layers that differ only in the number of their block."""
+    """Layers that differ only in numbers of their path."""
 
+    name: str
     layers: list[LayerPlan]
-    numbers: list[int] = field(default_factory=list)
 
     def cells(self, cost: dict[str, float]) -> list[str]:
         first, count = self.layers[0], len(self.layers)
-        name = first.name if count == 1 else _NUMBER.sub(".{" + _ranges(self.numbers) + "}", first.name, count=1)
         kind = first.kind
         if first.spec is not None and first.kind == "svdquant":
             kind = f"{first.spec.weights} rank {first.spec.rank}" + (" rotated" if first.spec.rotate else "")
@@ -77,10 +102,10 @@ class _Line:
             kind = f"{first.spec.weights} weights only"
         note = first.reason
         if first.kind == "svdquant" and first.group != first.name:
-            note = f"with {_within_block(first.group, first.block)}"
+            note = f"with {_beside(first)}"
         spent = sum(cost.get(layer.name, 0.0) for layer in self.layers)
         return [
-            name,
+            self.name,
             f"×{count}" if count > 1 else "",
             kind,
             note,
@@ -91,43 +116,23 @@ class _Line:
         ]
 
 
-def _joined(lines: list[_Line]) -> list[_Line]:
-    """Lines of equal layers in different blocks become one, in the place of the first."""
-    found: dict[Any, _Line] = {}
-    for line in lines:
-        layer = line.layers[0]
-        number = _NUMBER.search(layer.name)
-        if number is None:
-            found[layer.name] = line
-            continue
-        key = (
-            _NUMBER.sub(".*", layer.name, count=1),
-            layer.kind,
-            layer.spec,
-            layer.in_features,
-            layer.out_features,
-            layer.reason,
-            _within_block(layer.group, layer.block),
-        )
-        joined = found.setdefault(key, _Line([]))
-        joined.layers.append(layer)
-        joined.numbers.append(int(number[1]))
-    return list(found.values())
+def _joined(layers: list[LayerPlan]) -> list[_Line]:
+    """Equal layers of different blocks become one line, in the place of the first."""
+    from ..ptq.names import joined_names
+
+    def alike(layer: LayerPlan) -> Any:
+        return layer.kind, layer.spec, layer.in_features, layer.out_features, layer.reason, _beside(layer)
+
+    lines = joined_names([(layer.name, alike(layer)) for layer in layers])
+    return [_Line(name, [layers[i] for i in positions]) for name, positions in lines]
 
 
-def _within_block(name: str, block: str) -> str:
-    return name[len(block) + 1 :] if block and name.startswith(f"{block}.") else name
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] as "0-2,5"."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+def _beside(layer: LayerPlan) -> str:
+    """The layer's group as it is called within the innermost block that both are in."""
+    mine, other = layer.name.split("."), layer.group.split(".")
+    common = next((i for i, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b), 0)
+    numbers = [i + 1 for i in range(common) if mine[i].isdigit()]
+    return ".".join(other[max(numbers, default=0) :]) if mine != other else ""
 
 
 def _minutes(value: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -52,6 +52,14 @@ def quantize(
             rich_help_panel=_PROMPTS,
         ),
     ] = None,
+    text_encoders: Annotated[
+        str,
+        typer.Option(
+            "--text-encoders",
+            metavar="FORMAT",
+            help="Text encoders too, weights only: int4, int8 or none. Not those below 2 % of the pipeline.",
+        ),
+    ] = "none",
     base: Base = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -79,13 +87,14 @@ def quantize(
         report = quantize_pipeline(
             model,
             output,
-            replace(config, seed=seed),
+            config,
             prompts=chosen,
             options=PipelineOptions(**options),
-            seed=seed,
+            seed=config.seed,
             device=device,
             dtype=dtype,
             base=base,
+            text_encoders=text_encoders,
             max_memory=max_memory,
             restart=restart,
             overwrite=overwrite,
@@ -139,11 +148,19 @@ def _summary(report: Report, output: Path, calibrated: bool) -> str:
         f"denoiser    {report.model_class}: {size(report.bytes_before)} → {size(report.bytes_after)}",
         f"layers      {len(report.quantized)} quantized" + (f", {kept} sent back to 16 bits" if kept else ""),
         f"error       {report.mean_error():.4f} {of} on average; worst {worst}",
+        *_stayed(report),
         f"time        {report.seconds:.0f} s of solving",
         f"report      {_report_file(output)}",
-        f'next        svdquant generate {output} "your prompt" -o picture.png',
+        f'next        svdquant generate {output} "your prompt"',
     ]
     return "\n".join(lines)
+
+
+def _stayed(report: Report) -> list[str]:
+    if report.leftovers is None:
+        return []
+    hint = report.leftovers.hint() or f"{100 * report.leftovers.share:.1f} % of the model's bytes"
+    return [f"in 16 bits  {hint}"]
 
 
 def _as_json(report: Report, output: Path) -> dict[str, Any]:
@@ -153,4 +170,5 @@ def _as_json(report: Report, output: Path) -> dict[str, Any]:
         "mean_error": report.mean_error(),
         "worst": [layer.name for layer in report.worst(5)],
         **asdict(report),
+        "leftovers": None if report.leftovers is None else report.leftovers.to_dict(),
     }

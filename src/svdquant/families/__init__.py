@@ -2,11 +2,12 @@
 
 from torch import nn
 
+from . import names, text
 from .base import GENERIC, Family
-from .dit import PIXART, SANA, SD3
+from .dit import LTX2, PIXART, SANA, SD3
 from .flux import FAMILY as FLUX
 
-FAMILIES = (FLUX, SANA, PIXART, SD3)
+FAMILIES = (FLUX, SANA, PIXART, SD3, LTX2, *names.FAMILIES, *text.FAMILIES)
 
 
 def family_of(model: nn.Module) -> Family:

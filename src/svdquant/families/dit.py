@@ -51,6 +51,42 @@ def _sd3_inputs(model: Any) -> dict[str, Any]:
     }
 
 
-PIXART = Family("pixart", ("PixArtTransformer2DModel",), ("transformer_blocks",), example_inputs=_pixart_inputs)
-SANA = Family("sana", ("SanaTransformer2DModel",), ("transformer_blocks",), example_inputs=_sana_inputs)
+def _ltx2_inputs(model: Any) -> dict[str, Any]:
+    """One frame of 4×4 tokens and as many of sound."""
+    config, make = _maker(model)
+    text = config.caption_channels
+    return {
+        "hidden_states": torch.zeros(1, 16, config.in_channels, **make),
+        "audio_hidden_states": torch.zeros(1, 16, config.audio_in_channels, **make),
+        "encoder_hidden_states": torch.zeros(1, 8, text, **make),
+        "audio_encoder_hidden_states": torch.zeros(1, 8, text, **make),
+        "timestep": torch.ones(1, **make),
+        "num_frames": 1,
+        "height": 4,
+        "width": 4,
+        "audio_num_frames": 16,
+    }
+
+
+PIXART = Family(
+    "pixart",
+    ("PixArtTransformer2DModel",),
+    ("transformer_blocks",),
+    shared=("adaln_single.linear",),
+    example_inputs=_pixart_inputs,
+)
+SANA = Family(
+    "sana",
+    ("SanaTransformer2DModel",),
+    ("transformer_blocks",),
+    shared=("time_embed.linear",),
+    example_inputs=_sana_inputs,
+)
+LTX2 = Family(
+    "ltx2",
+    ("LTX2VideoTransformer3DModel",),
+    ("transformer_blocks",),
+    shared=("*time_embed.linear", "av_cross_attn_*.linear"),
+    example_inputs=_ltx2_inputs,
+)
 SD3 = Family("sd3", ("SD3Transformer2DModel",), ("transformer_blocks",), example_inputs=_sd3_inputs)

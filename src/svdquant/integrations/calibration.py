@@ -12,23 +12,18 @@ from typing import Any
 import psutil
 import torch
 
-from ..checkpoint.layout import Checkpoint, open_checkpoint
+from ..checkpoint.layout import DENOISERS, Checkpoint
 from ..checkpoint.skeleton import stored_dtype
-from ..errors import SVDQuantError
-from .pipeline import PipelineOptions, denoisers, draw, host_memory_for, load_pipeline, pipeline_bytes
+from .components import checkpoints_of
+from .drawing import calibration_note, draw_to_calibrate
+from .pipeline import PipelineOptions, host_memory_for, load_pipeline, pipeline_bytes
 
 # (stage, done, total, what is being worked on); stages: "calibrate", "solve", "write", and "note" for a remark.
 StageProgress = Callable[[str, int, int, str], None]
 
 
-def checkpoints_of(source: Path) -> dict[str, Checkpoint]:
-    """The 16-bit denoisers of a pipeline folder by name; of a model folder itself, under the name ""."""
-    parts = denoisers(source) if (source / "model_index.json").is_file() else [""]
-    checkpoints = {part: open_checkpoint(source, part or None) for part in parts}
-    for checkpoint in checkpoints.values():
-        if checkpoint.quantization is not None:
-            raise SVDQuantError(f"{checkpoint.path}: is quantized already; start from the 16-bit model")
-    return checkpoints
+class _FirstStep(BaseException):
+    """Not an `Exception`, so that a pipeline's own error handling lets it through."""
 
 
 class CalibrationDrawing:
@@ -84,10 +79,28 @@ class CalibrationDrawing:
                 max_memory=self.max_memory,
                 offload_folder=self.offload,
             )
+            if note := calibration_note(self._pipe, self.options):
+                self.say("note", 0, 0, note)
         return self._pipe
 
     def picture(self, number: int) -> None:
-        draw(self.pipe, [self.prompts[number]], [self.seed + number], self.options)
+        draw_to_calibrate(self.pipe, self.prompts[number], self.seed + number, self.options)
+
+    def encode(self, number: int) -> None:
+        """The beginning of a picture, up to its first step: text encoders have run by then."""
+
+        def stop(*_: Any) -> None:
+            raise _FirstStep
+
+        models = [model for name in DENOISERS if (model := getattr(self.pipe, name, None)) is not None]
+        handles = [model.register_forward_pre_hook(stop) for model in models]
+        try:
+            self.picture(number)
+        except _FirstStep:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def close(self) -> None:
         self._pipe = None

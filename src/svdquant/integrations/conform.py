@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..checkpoint.nunchaku_layouts import Layout, StoredLinear, layout_of
 from ..checkpoint.nunchaku_linear import AWQ_GROUP, T5_GROUP
 from ..checkpoint.nunchaku_pack import take_columns, unfit, unfit_w4a16
+from ..checkpoint.nunchaku_save import TEXT_ENCODERS
 from ..checkpoint.packing import AWQ_COLUMNS, AWQ_ROWS, TILE
 from ..checkpoint.skeleton import set_tensor
 from ..config import GROUP_SIZES, LayerSpec
@@ -72,12 +73,13 @@ class Conform:
 
     def _check(self) -> None:
         name = type(self.model).__name__
+        if self.to == "nunchaku" and self.text_encoder and name not in TEXT_ENCODERS:
+            raise SVDQuantError(f"Nunchaku has no {name}; convert it to svdquant")
         if self.to == "nunchaku" and not self.text_encoder and self.layout is None:
             raise SVDQuantError(f"Nunchaku has no {name}; convert it to nunchaku_lite or svdquant")
         if self.to == "nunchaku_lite" and self.text_encoder:
-            raise SVDQuantError(
-                f"nunchaku_lite holds models of diffusers, no {name}; convert it to nunchaku or svdquant"
-            )
+            other = "nunchaku or svdquant" if name in TEXT_ENCODERS else "svdquant"
+            raise SVDQuantError(f"nunchaku_lite holds models of diffusers, no {name}; convert it to {other}")
         if self.to != "svdquant" and self.half == torch.float32:
             raise SVDQuantError(f"{self.to} holds bfloat16 and float16; leave out --dtype float32")
         if self.to == "nunchaku" and self.layout and not self.layout.nvfp4 and self.asked == "nvfp4":

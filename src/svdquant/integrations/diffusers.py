@@ -24,8 +24,9 @@ from ..checkpoint.skeleton import (
 )
 from ..config import SVDQuantConfig
 from ..errors import SVDQuantError
-from ..families import fused
+from ..families import family_of, fused
 from ..nn import QUANTIZED
+from ..ptq.plan import find_blocks
 from . import common
 from .on_load import GroupSolver, solving_device
 
@@ -42,7 +43,15 @@ def attach(model: Any, config: SVDQuantConfig) -> None:
     common.mark(model, SVDQuantQuantizer(config, pre_quantized=True))
     model.register_to_config(quantization_config=config)
     common.protect(model)
+    name_repeated_blocks(model)
     fused.install(model)
+
+
+def name_repeated_blocks(model: Any) -> None:
+    """Where diffusers does not say what `compile_repeated_blocks` compiles: the blocks of this model."""
+    if not model._repeated_blocks:
+        blocks = [model.get_submodule(name) for name in find_blocks(model, family_of(model))]
+        model._repeated_blocks = sorted({type(block).__name__ for block in blocks})
 
 
 class SVDQuantQuantizer(DiffusersQuantizer):
@@ -173,6 +182,7 @@ class SVDQuantQuantizer(DiffusersQuantizer):
         self._keys, self._files, self._solver = [], [], None
         model.register_to_config(quantization_config=config)
         common.protect(model)
+        name_repeated_blocks(model)
         return model
 
     def get_state_dict_and_metadata(
@@ -186,6 +196,7 @@ class SVDQuantQuantizer(DiffusersQuantizer):
     def _dequantize(self, model: Any) -> Any:
         common.dequantize_layers(model)
         common.unprotect(model)
+        model.__dict__.pop("_repeated_blocks", None)
         fused.uninstall(model)
         model.quantization_method = None
         # A FrozenDict forgets nothing; a new one is made without the entry.

@@ -5,32 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint.layout import Checkpoint
-from ..checkpoint.streaming import SHARD_BYTES, ShardWriter, WeightReader
+from ..checkpoint.layout import DENOISERS
+from ..checkpoint.streaming import SHARD_BYTES
 from ..config import SVDQuantConfig
 from ..errors import SVDQuantError
-from ..ptq.capture import CalibrationStore, capture
-from ..ptq.plan import Plan, make_plan, trace_model
-from ..ptq.quantize import make_report
 from ..ptq.report import LayerReport, Report
-from ..ptq.stream import SolvedGroups, solve_to_files, write_atomically
-from ..ptq.trace import LayerTrace
-from .calibration import CalibrationDrawing, StageProgress, checkpoints_of, working_dtype
-from .pipeline import (
-    PipelineOptions,
-    build_skeleton,
-    check_files,
-    model_class,
-    parse_dtype,
-    pick_device,
-    resolve_model,
-)
+from ..ptq.stream import write_atomically
+from .calibration import CalibrationDrawing, StageProgress
+from .components import checkpoints_of, component_config, model_config, with_text_encoders
+from .fine_tune import weights_alone
+from .job import Job
+from .pipeline import PipelineOptions, check_files, parse_dtype, pick_device, resolve_model
 from .single_file import check_single_file, origin_of, unpack
 from .work_folder import (
     check_disk,
@@ -42,7 +33,6 @@ from .work_folder import (
     other_components,
     publish,
     size_of,
-    storing,
     write_text,
 )
 
@@ -61,36 +51,44 @@ def quantize_pipeline(
     device: str = "auto",
     dtype: str | torch.dtype | None = None,
     base: str | None = None,
+    text_encoders: str = "none",
     max_memory: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     restart: bool = False,
     overwrite: bool = False,
     progress: StageProgress | None = None,
 ) -> Report:
-    """Quantizes the denoiser of a pipeline (or a model folder) and writes the whole pipeline to `out`.
+    """Quantizes the denoisers of a pipeline (or a model folder) and writes the whole pipeline to `out`.
 
-    prompts: drawn by the 16-bit model for calibration; None = data-free. base: the pipeline that a single
-    .safetensors file belongs to. max_memory: host memory for the 16-bit denoiser during calibration. Everything is
-    built in `out`.partial; an interrupted run is continued by the same call and ends with the same bits. Raises
-    `SVDQuantError`; `out` exists only when everything succeeded.
+    config.components: other models of the pipeline that are quantized too, and options of a denoiser of its own.
+    text_encoders: "int4" or "int8" adds the text encoders, weights only, of more than 2 % of the pipeline's bytes.
+    prompts: drawn by the 16-bit model for calibration; None = data-free.
+    base: the pipeline of what comes without one, a .safetensors file or a model folder; None takes for a file the one
+    that its names and shapes point to.
+    max_memory: host memory for the 16-bit denoiser during calibration. Everything is built in `out`.partial; an
+    interrupted run is continued by the same call and ends with the same bits. Raises `SVDQuantError`; `out` exists
+    only when everything succeeded.
     """
     config, out = config or SVDQuantConfig(), Path(os.path.abspath(out))
     source = resolve_model(model)
     check_output(out, source, overwrite)
     where, wanted = pick_device(device), parse_dtype(dtype)
-    if prompts is None and config.int8_activations_above is not None:
+    given = [config.int8_activations_above, *(c.get("int8_activations_above") for c in config.components.values())]
+    if prompts is None and any(limit is not None for limit in given):
         raise SVDQuantError(
             "int8_activations_above needs the output errors that calibration measures; give prompts (no --data-free)"
             " or leave it out"
         )
-    if source.is_file():
-        check_single_file(source, base)
+    say = progress or (lambda *_: None)
+    weights = weights_alone(source, base)
+    if weights is not None:
+        base = check_single_file(weights, base, say)
     elif prompts is not None and not (source / "model_index.json").is_file():
         raise SVDQuantError(f"{source}: is a model without its pipeline; name the pipeline folder, or pass --data-free")
     else:
         check_files(source)
-        checkpoints_of(source)
-    say = progress or (lambda *_: None)
+        config = _with_components(config, source, text_encoders)
+        checkpoints_of(source, config)
     work = out.with_name(out.name + ".partial")
     with locked(work, out):
         # Another process may have finished since.
@@ -98,10 +96,11 @@ def quantize_pipeline(
         if restart:
             clear_folder(work)
         origin = None
-        if source.is_file():
+        if weights is not None:
             assert base is not None
-            origin = origin_of(source, base, wanted)
-            source = unpack(source, base, work, wanted, origin)
+            origin = origin_of(weights, base, wanted)
+            source = unpack(weights, base, work, wanted, origin)
+            config = _with_components(config, source, text_encoders)
         drawing = None
         if prompts is not None:
             drawing = CalibrationDrawing(
@@ -113,6 +112,14 @@ def quantize_pipeline(
             if drawing is not None:
                 drawing.close()
     return report
+
+
+def _with_components(config: SVDQuantConfig, source: Path, text_encoders: str) -> SVDQuantConfig:
+    if (source / "model_index.json").is_file():
+        return with_text_encoders(config, source, text_encoders)
+    if text_encoders != "none":
+        raise SVDQuantError(f"{source}: is a model without its pipeline, so it has no text encoders; leave that out")
+    return config
 
 
 def _quantize(
@@ -129,10 +136,11 @@ def _quantize(
 ) -> Report:
     """From a pipeline or model folder to `out`, by way of `work`."""
     is_pipeline = (source / "model_index.json").is_file()
-    jobs = {
-        part: _Job(part, checkpoint, config, work, dtype, drawing)
-        for part, checkpoint in checkpoints_of(source).items()
-    }
+    jobs = {}
+    for part, checkpoint in checkpoints_of(source, config).items():
+        own = component_config if is_pipeline else model_config
+        mine = own(config, checkpoint.library, part)
+        jobs[part] = Job(part, checkpoint, mine, work, dtype, drawing)
     copied = other_components(source, set(jobs)) if is_pipeline else []
     _claim(work, jobs, config, drawing, origin, copied)
     if drawing is not None:
@@ -143,11 +151,11 @@ def _quantize(
     for job in jobs.values():
         job.solve(device, say)
         part_report = job.report()
-        report.layers += part_report.layers
-        report.bytes_before += part_report.bytes_before
-        report.bytes_after += part_report.bytes_after
+        part_report.check(job.config.max_error)
+        if len(jobs) > 1:
+            part_report.layers = [_within(job.part, layer) for layer in part_report.layers]
+        report.add(part_report, job.part)
     report.seconds = sum(layer.seconds for layer in report.layers)
-    report.check(config.max_error)
     result = work / "result"
     shutil.rmtree(result, ignore_errors=True)
     for number, job in enumerate(jobs.values()):
@@ -160,122 +168,34 @@ def _quantize(
     return report
 
 
-class _Job:
-    """One denoiser on its way: plan, inputs and solved groups under `work`."""
-
-    def __init__(
-        self,
-        part: str,
-        checkpoint: Checkpoint,
-        config: SVDQuantConfig,
-        work: Path,
-        dtype: torch.dtype | None,
-        drawing: CalibrationDrawing | None,
-    ) -> None:
-        self.part, self.checkpoint, self.config = part, checkpoint, config
-        self.inputs, self.solved = work / "inputs" / part, work / "solved" / part
-        self.dtype = dtype or working_dtype(checkpoint)
-        cls = model_class(checkpoint.model_class)
-        self.fp32 = tuple(getattr(cls, "_keep_in_fp32_modules", None) or ())
-        self.reader = WeightReader(checkpoint, self.dtype, self.fp32)
-        skeleton = build_skeleton(cls, checkpoint.config, self.dtype)
-        self.plan: Plan = make_plan(skeleton, config)
-        if not self.plan.traced and drawing is not None:
-            # Names alone say little of a model without example inputs; its pipeline shows what reads what.
-            self.plan = make_plan(skeleton, config, traces=self._traces(work / "traces" / f"{part}.json", drawing))
-        self.store: CalibrationStore | None = None
-        self.groups: SolvedGroups | None = None
-
-    def _traces(self, file: Path, drawing: CalibrationDrawing) -> dict[str, LayerTrace]:
-        """Of the first prompt's first step; kept for the run that continues this one."""
-        key = digest([self.reader.fingerprint(), str(self.dtype), drawing.key()])
-        if file.is_file():
-            saved = json.loads(file.read_text(encoding="utf-8"))
-            if saved["key"] == key:
-                return {name: _trace_from(fields) for name, fields in saved["layers"].items()}
-        drawing.say("calibrate", 0, len(drawing.prompts), f"tracing the {self.part}")
-        traces = trace_model(getattr(drawing.pipe, self.part), lambda _model: drawing.picture(0))
-        text = json.dumps({"key": key, "layers": {name: asdict(trace) for name, trace in traces.items()}})
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, lambda path: write_text(path, text))
-        return traces
-
-    def calibrate(self, drawing: CalibrationDrawing) -> None:
-        """Runs the 16-bit pipeline over the prompts, unless that has been done."""
-        count = len(drawing.prompts)
-        if not CalibrationStore.complete(self.inputs):
-            shutil.rmtree(self.inputs, ignore_errors=True)
-            model = getattr(drawing.pipe, self.part)
-
-            def run(_model: Any) -> None:
-                for number, prompt in enumerate(drawing.prompts):
-                    drawing.say("calibrate", number, count, prompt)
-                    drawing.picture(number)
-
-            with storing(self.inputs):
-                capture(model, self.plan.groups, run, self.inputs, self.config.calibration_rows, self.config.seed)
-        drawing.say("calibrate", count, count, "")
-        self.store = CalibrationStore(self.inputs)
-
-    def solve(self, device: str, say: StageProgress) -> None:
-        self.groups = solve_to_files(
-            self.plan,
-            self.reader.get,
-            self.store,
-            self.config,
-            self.solved,
-            lambda done, total, name: say("solve", done, total, name),
-            device,
-        )
-
-    def report(self) -> Report:
-        assert self.groups is not None
-        layers: dict[str, LayerReport] = {}
-        for number in range(len(self.plan.groups)):
-            layers |= {name: entry[1] for name, entry in self.groups.layers(number).items()}
-        return make_report(self.plan, layers, self.config)
-
-    def write(self, folder: Path, shard_bytes: int) -> None:
-        """The quantized model folder: shards and config.json, in the order of the 16-bit checkpoint."""
-        assert self.groups is not None
-        folder.mkdir(parents=True)
-        kept = {layer.name for layer in self.report().layers if layer.kind == "keep"}
-        number_of = {m.name: i for i, group in enumerate(self.plan.groups) for m in group.members}
-        specs = {}
-        writer = ShardWriter(folder, shard_bytes=shard_bytes)
-        written: set[str] = set()
-        for name in self.reader.names:
-            layer = name.rpartition(".")[0]
-            if layer not in number_of or layer in kept:
-                writer.add(name, self.reader.get(name))
-            elif layer not in written:
-                written.add(layer)
-                specs[layer] = self.groups.layers(number_of[layer])[layer][0]
-                for key, value in self.groups.tensors(number_of[layer], layer):
-                    writer.add(key, value)
-        writer.finish()
-        ordered = {name: specs[name] for name in self.plan.layers if name in specs}
-        config = self.checkpoint.config | {"quantization_config": self.config.with_layers(ordered).to_dict()}
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        write_atomically(folder / "config.json", lambda path: write_text(path, text))
+def _solving(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if key not in _JUDGING}
 
 
-def _trace_from(fields: dict[str, Any]) -> LayerTrace:
-    """From JSON, which knows no tuples."""
-    ranges = {key: tuple((a, b) for a, b in value) for key, value in fields.items() if isinstance(value, list)}
-    return LayerTrace(**(fields | ranges))
+def _agree(before: Any, now: Any) -> bool:
+    """Whether two entries of job.json say the same, of the models that both are about."""
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return bool(before == now)
+    shared = before.keys() & now.keys()
+    return bool(shared) and all(before[key] == now[key] for key in shared)
+
+
+def _within(part: str, layer: LayerReport) -> LayerReport:
+    """Named after its component too: two of them may have layers of one name."""
+    return replace(layer, name=f"{part}.{layer.name}", group=f"{part}.{layer.group}")
 
 
 def _claim(
     work: Path,
-    jobs: dict[str, _Job],
+    jobs: dict[str, Job],
     config: SVDQuantConfig,
     drawing: CalibrationDrawing | None,
     origin: dict[str, Any] | None,
     copied: list[Path],
 ) -> None:
     """Records what this work folder is for; raises `SVDQuantError` where it was begun for something else."""
-    solving = {k: v for k, v in config.to_dict().items() if k not in _JUDGING}
+    solving = _solving(config.to_dict())
+    solving["components"] = {name: _solving(fields) for name, fields in config.components.items()}
     job = {
         "config": solving,
         "calibration": None if drawing is None else digest(drawing.key()),
@@ -289,30 +209,28 @@ def _claim(
     if before == job:
         return
     if any((work / "solved").rglob("*.safetensors")):
-        changed = [key for key in job if before.get(key) != job[key]]
+        changed = [key for key in job if not _agree(before.get(key), job[key])]
         if "config" in changed and isinstance(before.get("config"), dict):
             changed += [key for key, value in solving.items() if before["config"].get(key) != value]
             changed.remove("config")
         raise SVDQuantError(
-            f"{work}: was begun with other {', '.join(changed)}; repeat that command to finish it, or pass --restart "
-            "to begin anew"
+            f"{work}: was begun with other {', '.join(changed) or 'versions'}; repeat that command to finish it, or "
+            "pass --restart to begin anew"
         )
     # Nothing is lost by beginning anew, e.g. after broken weights were replaced. What is kept says what it is of.
     clear_folder(work, keep=("source", "traces", "offload"))
-    check_disk(work, _disk_needed(jobs, config, drawing, copied))
+    check_disk(work, _disk_needed(jobs, drawing, copied))
     write_atomically(file, lambda path: write_text(path, json.dumps(job, indent=1)))
 
 
-def _disk_needed(
-    jobs: dict[str, _Job], config: SVDQuantConfig, drawing: CalibrationDrawing | None, copied: list[Path]
-) -> int:
+def _disk_needed(jobs: dict[str, Job], drawing: CalibrationDrawing | None, copied: list[Path]) -> int:
     """Bytes: solved groups and the result made of them, copied models, calibration inputs, offloaded weights."""
     needed = 2 * sum(job.plan.bytes_after for job in jobs.values()) + sum(size_of(path) for path in copied)
     if drawing is not None:
         for job in jobs.values():
             columns = [group.in_features for group in job.plan.groups]
             # The largest is there twice while it is finished.
-            needed += config.calibration_rows * (sum(columns) + max(columns)) * job.dtype.itemsize
-            if drawing.max_memory is not None:
+            needed += job.config.calibration_rows * (sum(columns) + max(columns)) * job.dtype.itemsize
+            if drawing.max_memory is not None and job.part in DENOISERS:
                 needed += job.plan.bytes_before
     return needed

@@ -12,7 +12,7 @@ from ..config import SVDQuantConfig, matches
 from ..errors import SVDQuantError
 from ..nn import make_layer, replace_module
 from ..ptq.plan import GroupPlan, find_linears, make_plan
-from ..ptq.quantize import make_report
+from ..ptq.quantize import check_single_model, make_report
 from ..ptq.solve import solve_group
 
 
@@ -26,6 +26,7 @@ class GroupSolver:
     def __init__(
         self, model: nn.Module, config: SVDQuantConfig, keep: list[str] | None = None, device: Any = None
     ) -> None:
+        check_single_model(config)
         # A pattern that fits no linear is an error in a configuration, but these are the model's own.
         kept = [k for k in keep or [] if any(matches(k, name) for name in find_linears(model))]
         config = replace(config, layers=None)

@@ -16,6 +16,10 @@ from ..checkpoint.hub import fetch, looks_like_hub_id
 from ..checkpoint.layout import DENOISERS, Checkpoint, open_checkpoint, read_json
 from ..errors import SVDQuantError
 from .drawing import PipelineOptions, draw, generation_defaults, parse_dtype, pick_device, place
+from .fine_tune import bare_file
+from .own_parts import load_own_parts
+from .single_file import fitting_base, load_single_file, part_of
+from .skeletons import build_skeleton, skeleton
 from .slots import (
     blocks_only,
     compare,
@@ -27,17 +31,14 @@ from .slots import (
     read_index,
 )
 from .sources import (
-    build_skeleton,
     check_files,
     denoisers,
     embedded_model,
     host_memory_for,
-    load_single_file,
     model_class,
     pipeline_bytes,
     resolve_checkpoint,
     resolve_model,
-    skeleton,
     variant_of,
 )
 
@@ -117,6 +118,8 @@ def load_pipeline(
         components[name] = load_model(file, torch_dtype=wanted)
     if parts.checkpoint is not None and parts.slot is not None:
         components[parts.slot] = _load_part(parts.checkpoint, parts.folder, parts.slot, wanted)
+        if parts.checkpoint.is_file and parts.checkpoint.quantization is None:
+            components |= load_own_parts(parts.checkpoint.path, parts.folder, wanted, components.keys())
     else:
         components |= _own_denoisers(parts.folder, components.keys(), wanted, max_memory, offload_folder)
     cls = DiffusionPipeline if pipeline is None else parts.cls
@@ -147,15 +150,19 @@ def _find_parts(
         _check_names(given, path, cls, index)
         check_files(path, skip=given)
         return Parts(path, cls)
+    path = bare_file(path) or path
     checkpoint = open_checkpoint(path)
-    if base is None:
+    bare = checkpoint.is_file and checkpoint.quantization is None
+    if bare:
+        base = fitting_base(path, None if base is None else str(base))
+    elif base is None:
         base = published_base(checkpoint, (str(model),))
     if base is None:
         raise SVDQuantError(f"{path}: is a model without its pipeline; name the pipeline as base (--base)")
     index = read_index(base)
     cls = pipeline_class(pipeline, index)
     _check_names(given, base, cls, index)
-    slot = find_slot(checkpoint, base, index, cls)
+    slot = part_of(str(base), path) if bare else find_slot(checkpoint, base, index, cls)
     if slot in given:
         raise SVDQuantError(f"{path}: becomes the {slot} of {base}; give no other {slot}")
     # Another pipeline class may read other channels with the same text encoders and VAE.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 from collections.abc import Collection
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..checkpoint.header import read_header
 from ..checkpoint.hub import fetch, looks_like_hub_file, looks_like_hub_id, unreachable
@@ -123,79 +123,14 @@ def hub_json(repo: str, name: str) -> dict[str, Any] | None:
         raise unreachable(repo, error) from error
 
 
-def model_class(name: str) -> Any:
-    """A model class of diffusers by its name."""
-    import diffusers
-
-    cls = getattr(diffusers, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise SVDQuantError(f"{name} is no model class of diffusers {diffusers.__version__}; upgrade diffusers")
+def model_class(name: str, library: str = "diffusers") -> Any:
+    """A model class of diffusers or transformers by its name. Raises `SVDQuantError` for what is none."""
+    module = importlib.import_module(library)
+    base = module.ModelMixin if library == "diffusers" else module.PreTrainedModel
+    cls = getattr(module, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise SVDQuantError(f"{name} is no model class of {library} {module.__version__}; upgrade {library}")
     return cls
-
-
-def skeleton(model: str | Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """The denoiser on the meta device, from its configuration alone.
-
-    model: a pipeline or model folder, a config.json, a Hub id (only its configuration is fetched) or the name of a
-    diffusers model class (its default configuration).
-    """
-    import diffusers
-
-    path = Path(model)
-    if path.suffix in PICKLES:
-        raise SVDQuantError(f"{path}: pickle files can run code; convert to safetensors")
-    if str(model).isidentifier() and not path.exists() and hasattr(diffusers, str(model)):
-        return build_skeleton(model_class(str(model)), None, dtype)
-    if path.suffix == ".json" and path.is_file():
-        config = read_json(path)
-    elif looks_like_hub_id(model):
-        config = _hub_config(str(model))
-    else:
-        config = _local_config(path)
-    if "_class_name" not in config:
-        raise SVDQuantError(f"{model}: its config.json names no diffusers model class (_class_name)")
-    return build_skeleton(model_class(config["_class_name"]), config, dtype)
-
-
-def build_skeleton(cls: Any, config: dict[str, Any] | None, dtype: torch.dtype) -> nn.Module:
-    """A model of `cls` on the meta device, in evaluation mode."""
-    with torch.device("meta"):
-        # A quantized model's own configuration describes the same module tree.
-        model = (
-            cls()
-            if config is None
-            else cls.from_config({k: v for k, v in config.items() if k != "quantization_config"})
-        )
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    return model.eval()
-
-
-def _local_config(path: Path) -> dict[str, Any]:
-    if path.is_file():
-        config = open_checkpoint(path).config
-        if not config:
-            raise SVDQuantError(
-                f"{path}: a single file lacks its configuration; give its pipeline folder, its config.json or the name "
-                "of its diffusers class"
-            )
-        return config
-    if not path.is_dir():
-        raise SVDQuantError(f"{path}: does not exist; give {ACCEPTED}")
-    if (path / "model_index.json").is_file():
-        return read_json(path / denoisers(path)[0] / "config.json")
-    if (path / "config.json").is_file():
-        return read_json(path / "config.json")
-    raise SVDQuantError(f"{path}: has no config.json; give {ACCEPTED}")
-
-
-def _hub_config(repo: str) -> dict[str, Any]:
-    for name in ("transformer/config.json", "unet/config.json", "config.json"):
-        config = hub_json(repo, name)
-        if config is not None:
-            return config
-    raise SVDQuantError(f"{repo}: has no transformer/config.json, unet/config.json or config.json")
 
 
 def denoisers(path: Path) -> list[str]:
@@ -218,20 +153,6 @@ def check_files(path: Path, skip: Collection[str] = ()) -> None:
         pickled = [file for file in sorted(path.rglob("*")) if file.suffix in PICKLES]
         if pickled:
             raise SVDQuantError(f"{pickled[0]}: pickle files can run code; convert to safetensors")
-
-
-def load_single_file(file: Path, pipeline: Path, dtype: torch.dtype, part: str | None = None) -> nn.Module:
-    """A 16-bit .safetensors as the denoiser that `pipeline` has; diffusers converts the names."""
-    part = part or denoisers(pipeline)[0]
-    cls = model_class(read_json(pipeline / part / "config.json").get("_class_name", ""))
-    try:
-        model: nn.Module = cls.from_single_file(
-            str(file), config=str(pipeline), subfolder=part, torch_dtype=dtype, local_files_only=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SVDQuantError(f"{file}: is not a {cls.__name__} as {pipeline} has it ({reason})") from error
-    return model
 
 
 def pipeline_bytes(path: Path, dtype: torch.dtype = torch.bfloat16) -> int:

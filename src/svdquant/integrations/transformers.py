@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -65,6 +66,8 @@ class SVDQuantHfQuantizer(HfQuantizer):
             return model
         files = [Path(file) for file in checkpoint_files or []]
         self._where = str(files[0].parent) if files else type(model).__name__
+        for name in self.quantization_config.layers or {}:
+            _widen(model, name)
         install_layers(model, self.quantization_config, self._where)
         found: dict[str, TensorInfo] = {}
         for file in files:
@@ -79,7 +82,7 @@ class SVDQuantHfQuantizer(HfQuantizer):
         """Compares our layers only; tied and renamed weights of the rest are transformers' own business."""
         prefixes = tuple(f"{name}." for name in quantized_layers(model))
         expected = {name: t for name, t in model.state_dict().items() if name.startswith(prefixes)}
-        renamed = dict(zip(_model_keys(list(found), model, self), found.values(), strict=True))
+        renamed = dict(zip(model_keys(list(found), model, self), found.values(), strict=True))
         packed = {"qweight", "wscales", "wcscales", "smooth_factor", "proj_down", "proj_up"}
         ours = {n: i for n, i in renamed.items() if n in expected or n.rpartition(".")[2] in packed}
         fixed = fixed_names(model)
@@ -124,6 +127,20 @@ class SVDQuantHfQuantizer(HfQuantizer):
         return True
 
 
+def _widen(model: Any, name: str) -> None:
+    """Gives a linear that transformers will keep in float32 that type before it is replaced.
+
+    A packed one without branch has no tensor to show it by, and T5 asks `wo` for the type of its input.
+    """
+    dtype = model.dtype
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    if kept & set(name.split(".")) and dtype != torch.float32:
+        with contextlib.suppress(AttributeError):  # a missing layer is named later
+            model.get_submodule(name).to(torch.float32)
+
+
 def _check_arrived(name: str, layer: nn.Module, where: str) -> None:
     # transformers initialises what a file lacks, and marks what it loaded.
     for leaf, parameter in layer.named_parameters():
@@ -131,7 +148,7 @@ def _check_arrived(name: str, layer: nn.Module, where: str) -> None:
             raise SVDQuantError(f"{where}: tensor {name}.{leaf} is missing; download or save the model again")
 
 
-def _model_keys(keys: list[str], model: Any, quantizer: HfQuantizer) -> list[str]:
+def model_keys(keys: list[str], model: Any, quantizer: HfQuantizer | None = None) -> list[str]:
     """The names in the model of the tensors in a file: transformers adds, drops or renames parts of them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key

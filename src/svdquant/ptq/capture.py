@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Callable
@@ -117,21 +118,46 @@ class CalibrationStore:
         return (folder / cls.INDEX).is_file()
 
 
+class _TokenMask:
+    """Which tokens of a text encoder's present forward are words: nobody reads those that are masked out.
+
+    Prompts are mostly padding; calibration is not to be about that.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        # Without self, as a hook gets them.
+        self._names = list(inspect.signature(type(model).forward).parameters)[1:]
+        self._mask: Tensor | None = None
+
+    def note(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = (dict(zip(self._names, args, strict=False)) | kwargs).get("attention_mask")
+        self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The inputs [M, K] of a layer, x [..., K], without those of masked tokens."""
+        if self._mask is not None and self._mask.shape == x.shape[:-1]:
+            return x[self._mask.bool().to(x.device)]
+        return x.reshape(-1, x.shape[-1])
+
+
 def capture(
     model: nn.Module, groups: list[GroupPlan], run: Run, folder: Path, rows: int, seed: int
 ) -> CalibrationStore:
-    """Runs `run(model)` and keeps up to `rows` input rows of every group under `folder`.
+    """Runs `run(model)` and keeps up to `rows` input rows of every group under `folder`; of text no padding.
 
     The model is not changed; all inputs are those of the 16-bit model. Memory does not grow with the number of
     forwards: the samples are memory-mapped files. Raises `SVDQuantError` naming a layer that no forward reached.
     """
     folder.mkdir(parents=True, exist_ok=True)
     reservoirs: dict[str, _Reservoir] = {}
-    handles = []
+    mask = _TokenMask(model) if hasattr(model, "config_class") else None
+    handles = [] if mask is None else [model.register_forward_pre_hook(mask.note, with_kwargs=True)]
     for number, group in enumerate(groups):
         reservoir = _Reservoir(folder / f"{number:05d}.rows", rows, group_generator(seed, f"capture:{group.name}"))
         reservoirs[group.name] = reservoir
-        handles.append(model.get_submodule(group.name).register_forward_pre_hook(_hook(reservoir), with_kwargs=True))
+        handles.append(
+            model.get_submodule(group.name).register_forward_pre_hook(_hook(reservoir, mask), with_kwargs=True)
+        )
     try:
         with torch.no_grad():
             run(model)
@@ -152,11 +178,12 @@ def capture(
     return CalibrationStore(folder)
 
 
-def _hook(reservoir: _Reservoir) -> Callable[..., None]:
+def _hook(reservoir: _Reservoir, mask: _TokenMask | None) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         if isinstance(module, nn.Conv2d):
             x = x.movedim(-3, -1)
-        reservoir.add(x.detach().reshape(-1, x.shape[-1]))
+        x = x.detach()
+        reservoir.add(x.reshape(-1, x.shape[-1]) if mask is None else mask.rows(x))
 
     return hook

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,20 +13,15 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..config import GROUP_SIZES, LayerSpec, SVDQuantConfig, matches
 from ..errors import SVDQuantError
 from ..families import Family, family_of
+from ..families.guess import guess_inputs, skeleton_of, values_optional
 from ..nn import is_pointwise_conv
 from ..numerics import FORMATS, groups_of, padded_columns
+from .roles import Roles, shortcut
 from .trace import LayerTrace, Run, trace_forward
 
 # Below this a layer saves too little to be worth an error.
 _SMALLEST = 64 * 64
-_MODULATION = re.compile(r"(^|\.)(norm\d*(_\w+)?|(\w+_)?mod(ulation\w*)?|adaln\w*|time_emb_proj)(\.|$)", re.IGNORECASE)
-_QKV = (
-    ("to_q", "to_k", "to_v"),
-    ("add_q_proj", "add_k_proj", "add_v_proj"),
-    ("q", "k", "v"),
-    ("wi_0", "wi_1"),
-    ("w1", "w3"),
-)
+_NARROW = "narrower than the rank"
 
 
 @dataclass(frozen=True)
@@ -162,9 +157,11 @@ def find_blocks(model: nn.Module, family: Family) -> list[str]:
 
 def _is_block_list(module: nn.Module) -> bool:
     """Whether the elements are blocks, not layers: modules of modules. A sequence must repeat one class."""
-    blocks = [child for child in module.children() if _is_block(child)]
+    children = list(module.children())
+    blocks = [child for child in children if _is_block(child)]
     if isinstance(module, nn.ModuleList):
-        return bool(blocks)
+        # A feed-forward network is a list, too, of an activation with its linear and another linear.
+        return bool(blocks) and not any(isinstance(child, nn.Linear) for child in children)
     return isinstance(module, nn.Sequential) and len(blocks) > 1 and len({type(block) for block in blocks}) == 1
 
 
@@ -182,15 +179,34 @@ def trace_model(model: nn.Module, run: Run) -> dict[str, LayerTrace]:
     return trace_forward(model, {name: block_of(name, blocks) for name in find_linears(model)}, run)
 
 
-def _example_traces(model: nn.Module, family: Family) -> dict[str, LayerTrace]:
-    """A trace of the family's own example inputs; empty where it has none or this configuration refuses them."""
-    inputs = family.example_inputs
-    if inputs is None:
+def _example_traces(model: nn.Module, family: Family, where: dict[str, str]) -> dict[str, LayerTrace]:
+    """A trace of the family's own example inputs, else of guessed ones; empty where the model runs with neither.
+
+    A diffusers model is traced as its skeleton on the meta device, which takes no time and no memory.
+    """
+    skeleton = skeleton_of(model)
+    if skeleton is not None and set(find_linears(skeleton)) != set(where):
+        skeleton = None
+    traces: dict[str, LayerTrace] = {}
+    if family.example_inputs is not None:
+        try:
+            inputs = family.example_inputs(skeleton or model)
+            with values_optional() if skeleton is not None else nullcontext():
+                return trace_forward(skeleton or model, where, lambda m: m(**inputs))
+        except Exception:  # whatever a model raises at unforeseen inputs
+            pass
+    if skeleton is None:
         return {}
+
+    def attempt(guessed: dict[str, Any]) -> None:
+        nonlocal traces
+        traces = trace_forward(skeleton, where, lambda m: m(**guessed))
+
     try:
-        return trace_model(model, lambda m: m(**inputs(m)))
-    except Exception:  # whatever a model raises at unforeseen inputs: names still tell most
+        guess_inputs(skeleton, attempt)
+    except Exception:  # no guess fits: names still tell most
         return {}
+    return traces
 
 
 def make_plan(
@@ -202,39 +218,48 @@ def make_plan(
     """Plans `model`, which may live on the meta device: no weight is read.
 
     run: calls the model once; traces: what `trace_model` found earlier. Without either, the family's own example
-    inputs are used, and without those, names alone decide. Raises `SVDQuantError` where nothing is left to quantize, a
-    pattern matches nothing or a rank exceeds a layer.
+    inputs or, for a diffusers model, guessed ones are used, and where none fit, names alone decide. Raises
+    `SVDQuantError` where nothing is left to quantize, every layer is narrower than the rank or a pattern matches none.
     """
     family = family_of(model)
     linears = find_linears(model)
     blocks = find_blocks(model, family)
     where = {name: block_of(name, blocks) for name in linears}
     if traces is None:
-        traces = trace_model(model, run) if run is not None else _example_traces(model, family)
+        traces = trace_model(model, run) if run is not None else _example_traces(model, family, where)
     refused = dict.fromkeys(_shared(model, linears), "shared with another module")
     refused |= dict.fromkeys(_read_directly(model, linears), "torch's fused attention reads its weight directly")
     plan = Plan(type(model).__name__, family.name, traced=bool(traces))
     _check_patterns(config, list(linears))
 
-    tokens_seen = any(trace.dims > 2 for trace in traces.values())
-    readers = _blocks_reading(traces, where)
+    roles = Roles(family, where, traces)
     # diffusers' list; that of transformers only protects float16 from overflow, which the float32 sum here does too.
     fp32 = () if hasattr(model, "config_class") else tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     linear_bytes = 0
     for name, module in linears.items():
-        trace = traces.get(name)
-        layer = _plan_layer(name, module, config, family, bool(blocks), where[name], trace, tokens_seen, readers, fp32)
+        layer = _plan_layer(name, module, config, roles, fp32)
         if layer.kind != "keep" and name in refused:
             layer = replace(layer, kind="keep", spec=None, reason=refused[name])
         plan.layers[name] = layer
         linear_bytes += layer.bytes_before
     plan.other_bytes = max(sum(p.numel() * p.element_size() for p in model.parameters()) - linear_bytes, 0)
-    _assign_groups(plan, traces, config)
+    _assign_groups(plan, roles, config)
     if "" in linears:
         raise SVDQuantError("the model is a single linear; wrap it in a module, so that it can be replaced")
+    _check_rank(plan, config)
     if not plan.groups:
         raise SVDQuantError(f"{plan.model_class} has no linear left to quantize; loosen skip, overrides or the family")
     return plan
+
+
+def _check_rank(plan: Plan, config: SVDQuantConfig) -> None:
+    """Raises `SVDQuantError` where the rank is too large for every layer that should have a branch."""
+    narrow = [layer for layer in plan.layers.values() if layer.reason == _NARROW]
+    if narrow and not any(layer.kind == "svdquant" for layer in plan.layers.values()):
+        widest = max(narrow, key=lambda layer: min(layer.in_features, layer.out_features))
+        k, n = widest.in_features, widest.out_features
+        rank = getattr(config.for_layer(widest.name), "rank", config.rank)
+        raise SVDQuantError(f"rank {rank} exceeds {widest.name}, which is {n}×{k}; use --rank {min(k, n)} or less")
 
 
 def _check_patterns(config: SVDQuantConfig, names: list[str]) -> None:
@@ -245,25 +270,7 @@ def _check_patterns(config: SVDQuantConfig, names: list[str]) -> None:
             )
 
 
-def _blocks_reading(traces: dict[str, LayerTrace], where: dict[str, str]) -> dict[int, set[str]]:
-    readers: dict[int, set[str]] = {}
-    for name, trace in traces.items():
-        readers.setdefault(trace.source, set()).add(where[name])
-    return readers
-
-
-def _plan_layer(
-    name: str,
-    module: nn.Module,
-    config: SVDQuantConfig,
-    family: Family,
-    has_blocks: bool,
-    block: str,
-    trace: LayerTrace | None,
-    tokens_seen: bool,
-    readers: dict[int, set[str]],
-    fp32: tuple[str, ...],
-) -> LayerPlan:
+def _plan_layer(name: str, module: nn.Module, config: SVDQuantConfig, roles: Roles, fp32: tuple[str, ...]) -> LayerPlan:
     k, n = linear_shape(module)
     weight: Any = module.weight
     layer = LayerPlan(
@@ -273,7 +280,7 @@ def _plan_layer(
         n,
         module.bias is not None,
         weight.element_size(),
-        block,
+        roles.where[name],
         name,
         "",
         isinstance(module, nn.Conv2d),
@@ -281,41 +288,39 @@ def _plan_layer(
     mine = config.for_layer(name)
     if mine is None:
         return replace(layer, reason="skipped by the configuration")
-    if has_blocks and not block:
-        return replace(layer, reason="embedding, final norm or projection")
-    if any(matches(pattern, name) for pattern in family.keep):
-        return replace(layer, reason=f"{family.name} keeps it")
+    if roles.outside(name):
+        shared = roles.modulates_all(name, k, n)
+        reason = "modulation shared by all blocks" if shared else "embedding, final norm or projection"
+        return replace(layer, reason=reason)
+    if why := roles.family.why_kept(name):
+        return replace(layer, reason=why)
+    if shortcut(module, name):
+        return replace(layer, reason="shortcut around convolutions")
     if any(part in name.split(".") for part in fp32):
         return replace(layer, reason="the model keeps it in float32")
     if k * n < _SMALLEST:
         return replace(layer, reason="too small")
-    if _is_modulation(name, family, trace, tokens_seen):
+    if roles.modulates(name):
         if mine.modulation_weights == "none":
             return replace(layer, reason="modulation, kept by the configuration")
-        weights = mine.modulation_weights
-        spec = LayerSpec("w4a16", weights, GROUP_SIZES[weights], 0, "none", (), False, False)
-        return replace(layer, kind="w4a16", spec=spec, reason="modulation: few rows, weights only")
-    if _is_text_key_value(name, trace, readers):
-        return replace(layer, reason="reads the text of a cross-attention")
+        return _weights_only(layer, mine.modulation_weights, "modulation: few rows, weights only")
+    if condition := roles.condition_read(name):
+        if mine.text_kv == "none":
+            return replace(layer, reason=f"reads the {condition} of a cross-attention")
+        return _weights_only(layer, mine.text_kv, f"{condition} keys and values: weights only")
+    if mine.weights_only:
+        return _weights_only(layer, mine.weights, "weights only", mine.weight_group_size)
     if mine.rank > min(k, n):
-        raise SVDQuantError(f"rank {mine.rank} exceeds {name}, which is {n}×{k}; use --rank {min(k, n)} or less")
-    spec, segments = _layer_spec(mine, k, trace)
+        return replace(layer, reason=_NARROW)
+    spec, segments = _layer_spec(mine, k, roles.traces.get(name))
     reason = "after GELU: shifted, unsigned" if spec.unsigned else ""
     return replace(layer, kind="svdquant", spec=spec, segments=segments, reason=reason)
 
 
-def _is_modulation(name: str, family: Family, trace: LayerTrace | None, tokens_seen: bool) -> bool:
-    if any(matches(pattern, name) for pattern in family.w4a16):
-        return True
-    if trace is not None and tokens_seen:
-        return trace.dims == 2
-    return bool(_MODULATION.search(name)) and trace is None
-
-
-def _is_text_key_value(name: str, trace: LayerTrace | None, readers: dict[int, set[str]]) -> bool:
-    if trace is not None:
-        return len(readers[trace.source]) > 1
-    return name.endswith(("attn2.to_k", "attn2.to_v"))
+def _weights_only(layer: LayerPlan, weights: str, reason: str, group_size: int | None = None) -> LayerPlan:
+    group = GROUP_SIZES[weights] if group_size is None else group_size
+    spec = LayerSpec("w4a16", weights, group, 0, "none", (), False, False)
+    return replace(layer, kind="w4a16", spec=spec, reason=reason)
 
 
 def _layer_spec(
@@ -338,22 +343,19 @@ def _layer_spec(
     return spec, segments
 
 
-def _assign_groups(plan: Plan, traces: dict[str, LayerTrace], config: SVDQuantConfig) -> None:
+def _assign_groups(plan: Plan, roles: Roles, config: SVDQuantConfig) -> None:
     """Layers of one block that read the same tensor, and agree on how they are solved and stored, form a group."""
     first: dict[Any, str] = {}
     for name, layer in plan.layers.items():
-        if layer.kind != "svdquant":
+        # A modulation's input is a row per sample: there is nothing to save.
+        if layer.kind == "keep" or roles.modulates(name):
             continue
         mine = config.for_layer(name)
         assert mine is not None
         solved_like = (layer.block, layer.spec, mine.to_json_string())
         key: Any = (*solved_like, name)
-        if name in traces:
-            key = (*solved_like, traces[name].source)
-        else:
-            parent, _, leaf = name.rpartition(".")
-            siblings = next((q for q in _QKV if leaf in q), None)
-            # Cross attention takes queries and keys from different tensors; without a trace only self-attention counts.
-            if siblings and "attn2" not in parent and "cross" not in parent.lower():
-                key = (*solved_like, parent, siblings)
+        if name in roles.traces:
+            key = (*solved_like, roles.traces[name].source)
+        elif siblings := roles.siblings(name):
+            key = (*solved_like, name.rpartition(".")[0], siblings, layer.in_features)
         plan.layers[name] = replace(layer, group=first.setdefault(key, name))

@@ -14,6 +14,7 @@ from ..config import SVDQuantConfig
 from ..errors import SVDQuantError
 from ..nn import QUANTIZED, make_layer, replace_module
 from .capture import capture
+from .leftovers import find_leftovers
 from .plan import GroupPlan, Plan, make_plan
 from .report import LayerReport, Report
 from .solve import SolvedLayer, solve_group
@@ -37,6 +38,7 @@ def quantize(
         raise SVDQuantError(f"quantize takes a model, not a {type(model).__name__}; give it e.g. pipe.transformer")
     if any(isinstance(m, QUANTIZED) for m in model.modules()):
         raise SVDQuantError(f"{type(model).__name__} is quantized already; start from the 16-bit model")
+    check_single_model(config)
     began = time.perf_counter()
     plan = make_plan(model, config, calibrate)
     groups = plan.groups
@@ -50,7 +52,7 @@ def quantize(
             solved |= solve_group(group, weights, biases, None if store is None else store.inputs(group.name), config)
             if progress is not None:
                 progress(number + 1, len(groups), group.name)
-    report = make_report(plan, {name: layer.report for name, layer in solved.items()}, config)
+    report = make_report(plan, {name: layer.report for name, layer in solved.items()}, config, model)
     report.check(config.max_error)
     kept = {layer.name for layer in report.layers if layer.kind == "keep"}
     for name, layer in solved.items():
@@ -61,8 +63,22 @@ def quantize(
     return report
 
 
-def make_report(plan: Plan, layers: dict[str, LayerReport], config: SVDQuantConfig) -> Report:
-    """The whole model's report; layers above `keep_16bit_above` are marked as staying in 16 bits."""
+def check_single_model(config: SVDQuantConfig) -> None:
+    """Raises `SVDQuantError` for a configuration that is a whole pipeline's."""
+    if config.components:
+        raise SVDQuantError(
+            f"components names {next(iter(config.components))} of a pipeline, and this quantizes one model; give each "
+            "model a configuration of its own, or quantize the pipeline's folder with `svdquant quantize`"
+        )
+
+
+def make_report(
+    plan: Plan, layers: dict[str, LayerReport], config: SVDQuantConfig, model: nn.Module | None = None
+) -> Report:
+    """The whole model's report; layers above `keep_16bit_above` are marked as staying in 16 bits.
+
+    model: in 16 bits, on any device ("meta" included); without it the report does not say what stayed.
+    """
     report = Report(plan.model_class, bytes_before=plan.bytes_before)
     saved = 0
     for name in plan.layers:
@@ -75,6 +91,10 @@ def make_report(plan: Plan, layers: dict[str, LayerReport], config: SVDQuantConf
         saved += layer.bytes_before - layer.bytes_after
         report.layers.append(layer)
     report.bytes_after = plan.bytes_before - saved
+    if model is not None:
+        back = {layer.name for layer in report.layers if layer.kind == "keep"}
+        report.leftovers = find_leftovers(model, plan, config, back)
+        report.leftovers.stored = sum(layer.bytes_after for layer in report.quantized)
     return report
 
 

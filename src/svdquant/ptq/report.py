@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..errors import SVDQuantError
+from .leftovers import Leftovers
 
 
 @dataclass
@@ -38,13 +39,14 @@ class LayerReport:
 
 @dataclass
 class Report:
-    """The layers in the model's order, and the model's bytes."""
+    """The layers in the model's order, and the model's bytes. leftovers: what stayed in 16 bits, where it is known."""
 
     model_class: str
     layers: list[LayerReport] = field(default_factory=list)
     bytes_before: int = 0
     bytes_after: int = 0
     seconds: float = 0.0
+    leftovers: Leftovers | None = None
 
     @property
     def quantized(self) -> list[LayerReport]:
@@ -77,10 +79,22 @@ class Report:
     def from_json(cls, text: str) -> Report:
         data = json.loads(text)
         data["layers"] = [LayerReport(**layer) for layer in data["layers"]]
+        if data.get("leftovers") is not None:
+            data["leftovers"] = Leftovers.from_dict(data["leftovers"])
         return cls(**data)
 
+    def add(self, part: Report, component: str = "") -> None:
+        """Takes in the report of one model of a pipeline; what stayed in 16 bits is named after the component."""
+        self.layers += part.layers
+        self.bytes_before += part.bytes_before
+        self.bytes_after += part.bytes_after
+        self.seconds += part.seconds
+        if part.leftovers is not None:
+            held = {"": self.leftovers} if self.leftovers is not None else {}
+            self.leftovers = Leftovers.together(held | {component: part.leftovers})
+
     def table(self) -> str:
-        """Plain text, one line per layer, worst layers named below."""
+        """Plain text, one line per layer, below it the worst layers and what stayed in 16 bits."""
         width = max([len(layer.name) for layer in self.layers] + [5])
         header = f"{'kind':8} {'weights':7} {'acts':5} {'error':>7} {'α':>5} {'β':>5} {'round':>5} {'s':>6}"
         lines = [f"{'layer':{width}}  {header}"]
@@ -95,6 +109,8 @@ class Report:
             f"{self.bytes_before / 2**20:.1f} MiB -> {self.bytes_after / 2**20:.1f} MiB, mean error "
             f"{self.mean_error():.4f}, {self.seconds:.1f} s"
         )
+        if self.leftovers is not None:
+            lines += ["", self.leftovers.table(), *filter(None, [self.leftovers.hint()])]
         return "\n".join(lines) + "\n"
 
     def save(self, folder: Path) -> None:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import LayerSpec, SVDQuantConfig
 from ..errors import SVDQuantError
-from ..numerics import FORMATS, SVDQuantTensors, dequantize_weight, padded_columns
+from ..numerics import SVDQuantTensors, dequantize_weight, padded_columns
 from ..numerics.hadamard import rotate
 from .low_rank import truncated_svd
 from .plan import GroupPlan
 from .problem import Problem
 from .report import LayerReport
-from .residual import HessianFactor, quantize_residual
+from .residual import ROWS, HessianFactor, packed_residual
 from .smooth import SmoothResult, evaluation_rows, search_segments
 
 
@@ -149,10 +151,11 @@ def _solve(
     for name, rows_of in zip(names, problem.splits, strict=True):
         part = slice(start, start + rows_of)
         start += rows_of
-        values, wscales, wcscales = quantize_residual(residual[part], spec.weights, spec.group_size, dtype, hessian)
+        qweight, wscales, wcscales = packed_residual(
+            residual[part], spec.weights, spec.group_size, dtype, hessian, fit_scales=spec.kind == "w4a16"
+        )
         bias = biases[name]
         stored_bias = None if bias is None else bias.detach().clone()
-        qweight = FORMATS[spec.weights].pack(values)
         if spec.unsigned:
             dequantized = dequantize_weight(qweight, wscales, wcscales, spec.weights, torch.float32)
             stored_bias = _compensated(stored_bias, dequantized, smooth, spec, problem)
@@ -162,7 +165,7 @@ def _solve(
             qweight,
             wscales,
             wcscales,
-            smooth.to(dtype) if smoothing else None,
+            smooth.to(dtype, copy=True) if smoothing else None,
             down.clone() if spec.rank else None,
             up[part].clone() if spec.rank else None,
             stored_bias,
@@ -255,9 +258,9 @@ def _compensated(bias: Tensor | None, residual: Tensor, smooth: Tensor, spec: La
 
 def _error(problem: Problem, smooth: Tensor, tensors: SVDQuantTensors, weight: Tensor, bias: Tensor | None) -> float:
     """‖y − ref‖/‖ref‖ of the finished layer: on the calibration inputs, or of the weight itself without any."""
-    dense, _ = tensors.dense()
     if problem.inputs is None:
-        return float((dense - weight).norm() / weight.norm().clamp_min(1e-30))
+        lost = sum(float((_rows(tensors, start) - part).double().square().sum()) for start, part in _parts(weight))
+        return math.sqrt(lost) / max(float(weight.norm()), 1e-30)
     residual = tensors.residual()
     wrong = right = 0.0
     for rows in problem.inputs.split(1024):
@@ -270,3 +273,16 @@ def _error(problem: Problem, smooth: Tensor, tensors: SVDQuantTensors, weight: T
             expected = expected + bias.float()
         right += float(expected.square().sum())
     return (wrong / max(right, 1e-300)) ** 0.5
+
+
+def _parts(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows) of a weight, some rows at a time."""
+    return ((start, weight[start : start + ROWS]) for start in range(0, len(weight), ROWS))
+
+
+def _rows(tensors: SVDQuantTensors, start: int) -> Tensor:
+    """Some rows of the dense weight that a record means."""
+    rows = slice(start, start + ROWS)
+    part: dict[str, Any] = {n: getattr(tensors, n) for n in ("qweight", "wscales", "wcscales", "wzeros", "proj_up")}
+    part = {name: None if value is None else value[rows] for name, value in part.items()}
+    return replace(tensors, bias=None, **part).dense()[0]

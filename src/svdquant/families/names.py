@@ -1,0 +1,71 @@
+"""Families of which nothing but names needs to be said: what stays in 16 bits and why, what modulates, which blocks.
+
+Everything else about them is read off a traced forward, whose inputs are guessed.
+"""
+
+from __future__ import annotations
+
+from .base import Family
+
+FLUX2 = Family(
+    "flux2",
+    ("Flux2Transformer2DModel",),
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    shared=("double_stream_modulation_*.linear", "single_stream_modulation.linear"),
+)
+QWEN_IMAGE = Family(
+    "qwen-image",
+    ("QwenImageTransformer2DModel",),
+    blocks=("transformer_blocks",),
+    w4a16=("*.img_mod.1", "*.txt_mod.1"),
+)
+Z_IMAGE = Family(
+    "z-image",
+    ("ZImageTransformer2DModel",),
+    blocks=("noise_refiner", "context_refiner", "layers"),
+    w4a16=("*.adaLN_modulation.0",),
+)
+# UNets: what is quantized are the transformers within. Residual networks are convolutions for the most part, and the
+# projections around a transformer pass on everything that it does not change.
+UNET = Family(
+    "unet",
+    (
+        "AudioLDM2UNet2DConditionModel",
+        "DreamLiteUNetModel",
+        "I2VGenXLUNet",
+        "UNet2DConditionModel",
+        "UNet2DModel",
+        "UNet3DConditionModel",
+        "UNetControlNetXSModel",
+        "UNetMotionModel",
+        "UNetSpatioTemporalConditionModel",
+    ),
+    keep={
+        "*.resnets.*": "part of a residual network of convolutions",
+        "*.proj_in": "enters a transformer of the UNet",
+        "*.proj_out": "leaves a transformer of the UNet",
+        "*.time_pos_embed.*": "embedding, final norm or projection",
+    },
+)
+# Text and, in I2V, picture are read by every block's attn2.
+WAN = Family(
+    "wan",
+    (
+        "WanTransformer3DModel",
+        "WanVACETransformer3DModel",
+        "WanAnimateTransformer3DModel",
+        "SkyReelsV2Transformer3DModel",
+    ),
+    shared=("condition_embedder.time_proj",),
+)
+LTX = Family("ltx", ("LTXVideoTransformer3DModel",), blocks=("transformer_blocks",), shared=("time_embed.linear",))
+HUNYUAN_VIDEO = Family(
+    "hunyuan-video",
+    (
+        "HunyuanVideoTransformer3DModel",
+        "HunyuanVideo15Transformer3DModel",
+        "HunyuanVideoFramepackTransformer3DModel",
+    ),
+    keep={"context_embedder.*": "refines the text for all blocks"},
+)
+FAMILIES = (FLUX2, QWEN_IMAGE, Z_IMAGE, UNET, WAN, LTX, HUNYUAN_VIDEO)
