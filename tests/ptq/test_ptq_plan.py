@@ -447,3 +447,32 @@ def test_only_the_first_forward_is_traced():
 
     make_plan(Toy(1), CONFIG, calibrate)
     assert len(calls) == 1
+
+
+def test_what_chooses_among_experts_stays():
+    """By what stands beside it: a gate of a feed-forward network is a linear like others."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.shared = linear(128, 128), linear()
+            self.experts = nn.ModuleList(linear() for _ in range(2))
+
+        def forward(self, x):
+            return self.shared(x) + sum(
+                w[..., None] * e(x) for w, e in zip(self.gate(x).unbind(-1), self.experts, strict=False)
+            )
+
+    class Glu(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up = linear(), linear()
+
+        def forward(self, x):
+            return self.gate(x).sigmoid() * self.up(x)
+
+    model = nn.Module()
+    model.blocks = nn.ModuleList([nn.Sequential(Experts(), Glu())])
+    plan = make_plan(model, CONFIG, lambda m: None, traces={})
+    assert plan.layers["blocks.0.0.gate"].reason == "chooses among experts"
+    assert {n for n, layer in plan.layers.items() if layer.kind == "keep"} == {"blocks.0.0.gate"}

@@ -154,7 +154,7 @@ def _quantize(
         part_report.check(job.config.max_error)
         if len(jobs) > 1:
             part_report.layers = [_within(job.part, layer) for layer in part_report.layers]
-        report.add(part_report, job.part)
+        report.add(part_report, job.part if len(jobs) > 1 else "")
     report.seconds = sum(layer.seconds for layer in report.layers)
     result = work / "result"
     shutil.rmtree(result, ignore_errors=True)

@@ -16,7 +16,7 @@ from ..families import Family, family_of
 from ..families.guess import guess_inputs, skeleton_of, values_optional
 from ..nn import is_pointwise_conv
 from ..numerics import FORMATS, groups_of, padded_columns
-from .roles import Roles, shortcut
+from .roles import Roles, routers, shortcut
 from .trace import LayerTrace, Run, trace_forward
 
 # Below this a layer saves too little to be worth an error.
@@ -229,6 +229,7 @@ def make_plan(
         traces = trace_model(model, run) if run is not None else _example_traces(model, family, where)
     refused = dict.fromkeys(_shared(model, linears), "shared with another module")
     refused |= dict.fromkeys(_read_directly(model, linears), "torch's fused attention reads its weight directly")
+    refused |= dict.fromkeys(routers(model, linears), "chooses among experts")
     plan = Plan(type(model).__name__, family.name, traced=bool(traces))
     _check_patterns(config, list(linears))
 

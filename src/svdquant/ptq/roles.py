@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -99,3 +99,13 @@ def _names_cross_attention(attention: str, linears: Container[str]) -> bool:
 def shortcut(module: nn.Module, name: str) -> bool:
     """Whether it is a 1×1 convolution around others: they belong to a residual network, which stays in 16 bits."""
     return isinstance(module, nn.Conv2d) and "shortcut" in name
+
+
+def routers(model: nn.Module, linears: Iterable[str]) -> set[str]:
+    """Names of linears that choose among experts: a wrong choice is no small error."""
+    found = set()
+    for name in linears:
+        parent, _, leaf = name.rpartition(".")
+        if leaf in ("gate", "router") and hasattr(model.get_submodule(parent), "experts"):
+            found.add(name)
+    return found
