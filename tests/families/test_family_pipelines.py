@@ -20,6 +20,7 @@ from family_pipelines import Inputs, Models, relative
 from torch import Tensor, nn
 
 import svdquant
+from svdquant.integrations import calibration
 from svdquant.integrations.on_disk import quantize_pipeline
 from svdquant.integrations.pipeline import PipelineOptions, draw, load_pipeline
 from svdquant.nn import quantized_layers
@@ -169,7 +170,10 @@ def test_each_part_helps() -> None:
 
 
 @pytest.mark.parametrize("name", ["flux2_klein", "sd35_medium", "wan22", "ltx", "hunyuan_video"])
-def test_pipeline_folder_to_pipeline_folder(name: str, tmp_path: Path) -> None:
+def test_pipeline_folder_to_pipeline_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    to_calibrate = calibration.draw_to_calibrate
+    monkeypatch.setattr(calibration, "draw_to_calibrate", lambda *args: (seen.append(args[1]), to_calibrate(*args)))
     pipe = family_pipelines.PIPELINES[name]()
     pipe.to(torch.bfloat16).save_pretrained(tmp_path / "16bit")
     video = "num_frames" in family_pipelines.CALLS.get(name, {})
@@ -179,6 +183,7 @@ def test_pipeline_folder_to_pipeline_folder(name: str, tmp_path: Path) -> None:
         tmp_path / "16bit", tmp_path / "w4", tiny.config(**QUICK), prompts=["a cat"], options=options
     )
     assert {layer.error_of for layer in report.layers} == {"output"}
+    assert seen == ["a cat"], "one drawing is for both of Wan's transformers"
     pictures = []
     for folder in (tmp_path / "16bit", tmp_path / "w4"):
         loaded = load_pipeline(folder)

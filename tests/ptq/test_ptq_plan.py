@@ -8,6 +8,7 @@ from torch import nn
 from svdquant import SVDQuantConfig, SVDQuantError
 from svdquant.config import LayerSpec
 from svdquant.ptq import make_plan
+from svdquant.ptq.plan import trace_model
 
 CONFIG = SVDQuantConfig(rank=16)
 MODULATION = LayerSpec("w4a16", "int4", 64, 0, "none", (), False, False)
@@ -476,3 +477,41 @@ def test_what_chooses_among_experts_stays():
     plan = make_plan(model, CONFIG, lambda m: None, traces={})
     assert plan.layers["blocks.0.0.gate"].reason == "chooses among experts"
     assert {n for n, layer in plan.layers.items() if layer.kind == "keep"} == {"blocks.0.0.gate"}
+
+
+@pytest.mark.parametrize("leaves", [QKV, ("to_query", "to_key", "to_value")])
+def test_no_cross_attention_shares_its_inputs(leaves):
+    """Neither of text nor of picture and sound: what names alone do not tell is not shared."""
+    plan = named(va_cross_attention=leaves, attn=leaves)
+    assert [len(group) for group in members(plan)] == [1, 1, 1, 3]
+
+
+def test_experts_are_no_modulation():
+    """They read tokens in one list, that is, in two dimensions."""
+
+    class Chosen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.mod = linear(), linear()
+            self.experts = nn.ModuleList(linear() for _ in range(2))
+
+        def forward(self, x, temb):
+            tokens = (self.embed(x) + self.mod(temb)[:, None]).flatten(0, 1)
+            return sum(expert(tokens[i::2]) for i, expert in enumerate(self.experts))
+
+    model = nn.ModuleDict({"blocks": nn.ModuleList([Chosen()])})
+    model.forward = lambda x, temb: model["blocks"][0](x, temb)
+    kinds = {
+        name.partition("0.")[2]: layer.kind
+        for name, layer in make_plan(model, CONFIG, lambda m: m(torch.zeros(1, 8, 128), torch.zeros(1, 128))).layers.items()
+    }
+    assert kinds == {"embed": "svdquant", "mod": "w4a16", "experts.0": "svdquant", "experts.1": "svdquant"}
+
+
+def test_layers_that_no_forward_reached_are_told():
+    plan = make_plan(Toy(), CONFIG, run)
+    assert plan.unreached == []
+    traces = trace_model(Toy(), run)
+    known = {name: trace for name, trace in traces.items() if not name.startswith("blocks.1.attn1")}
+    plan = make_plan(Toy(), CONFIG, traces=known)
+    assert plan.unreached == [f"blocks.1.attn1.{leaf}" for leaf in (*QKV, "to_out")]

@@ -19,6 +19,13 @@ QWEN_IMAGE = Family(
     blocks=("transformer_blocks",),
     w4a16=("*.img_mod.1", "*.txt_mod.1"),
 )
+# A small network of its own makes the modulation of all blocks.
+CHROMA = Family(
+    "chroma",
+    ("ChromaTransformer2DModel",),
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    shared=("distilled_guidance_layer.*",),
+)
 Z_IMAGE = Family(
     "z-image",
     ("ZImageTransformer2DModel",),
@@ -68,4 +75,4 @@ HUNYUAN_VIDEO = Family(
     ),
     keep={"context_embedder.*": "refines the text for all blocks"},
 )
-FAMILIES = (FLUX2, QWEN_IMAGE, Z_IMAGE, UNET, WAN, LTX, HUNYUAN_VIDEO)
+FAMILIES = (FLUX2, CHROMA, QWEN_IMAGE, Z_IMAGE, UNET, WAN, LTX, HUNYUAN_VIDEO)

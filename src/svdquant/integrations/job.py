@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,43 @@ from .sources import model_class
 from .work_folder import copy_entries, digest, storing, write_text
 
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+
+
+def calibrate(jobs: Iterable[Job], drawing: CalibrationDrawing) -> None:
+    """Runs the 16-bit pipeline over the prompts for the jobs for which that has not been done.
+
+    All denoisers of a pipeline see the same pictures; what reads the prompt alone has read it before the first step.
+    """
+    jobs = list(jobs)
+    waiting = [job for job in jobs if not CalibrationStore.complete(job.inputs)]
+    encoders = [[job] for job in waiting if job.checkpoint.library == "transformers"]
+    denoisers = [job for job in waiting if job.checkpoint.library != "transformers"]
+    for together in (*encoders, *([denoisers] if denoisers else [])):
+        _capture(together, drawing, drawing.picture if together is denoisers else drawing.encode)
+    drawing.say("calibrate", len(drawing.prompts), len(drawing.prompts), "")
+    for job in jobs:
+        job.store = CalibrationStore(job.inputs)
+
+
+def _capture(jobs: list[Job], drawing: CalibrationDrawing, run_one: Callable[[int], None]) -> None:
+    """One drawing of the prompts, with every job's model watched."""
+    if not jobs:
+        for number, prompt in enumerate(drawing.prompts):
+            drawing.say("calibrate", number, len(drawing.prompts), prompt)
+            run_one(number)
+        return
+    job, *others = jobs
+    shutil.rmtree(job.inputs, ignore_errors=True)
+    model = getattr(drawing.pipe, job.part)
+    with storing(job.inputs):
+        capture(
+            model,
+            job.plan.groups,
+            lambda _model: _capture(others, drawing, run_one),
+            job.inputs,
+            job.config.calibration_rows,
+            job.config.seed,
+        )
 
 
 class Job:
@@ -51,8 +89,8 @@ class Job:
         self.names = _model_names(self.reader.names, self.skeleton, checkpoint.library)
         self._stored = {name: stored for stored, name in self.names.items()}
         self.plan: Plan = make_plan(self.skeleton, config)
-        if not self.plan.traced and drawing is not None and not config.weights_only:
-            # Names alone say little of a model without example inputs; its pipeline shows what reads what.
+        if self.plan.unreached and drawing is not None and not config.weights_only:
+            # Names alone say little of layers that no example inputs reach; the pipeline shows what reads what.
             traces = self._traces(work / "traces" / f"{part}.json", drawing)
             self.plan = make_plan(self.skeleton, config, traces=traces)
         self.store: CalibrationStore | None = None
@@ -71,25 +109,6 @@ class Job:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, lambda path: write_text(path, text))
         return traces
-
-    def calibrate(self, drawing: CalibrationDrawing) -> None:
-        """Runs the 16-bit pipeline over the prompts, unless that has been done."""
-        count = len(drawing.prompts)
-        if not CalibrationStore.complete(self.inputs):
-            shutil.rmtree(self.inputs, ignore_errors=True)
-            model = getattr(drawing.pipe, self.part)
-            # What reads the prompt alone has read it before the first step.
-            run_one = drawing.encode if self.checkpoint.library == "transformers" else drawing.picture
-
-            def run(_model: Any) -> None:
-                for number, prompt in enumerate(drawing.prompts):
-                    drawing.say("calibrate", number, count, prompt)
-                    run_one(number)
-
-            with storing(self.inputs):
-                capture(model, self.plan.groups, run, self.inputs, self.config.calibration_rows, self.config.seed)
-        drawing.say("calibrate", count, count, "")
-        self.store = CalibrationStore(self.inputs)
 
     def get(self, name: str) -> torch.Tensor:
         """A tensor of the 16-bit model by its name in the model."""

@@ -20,7 +20,7 @@ from ..ptq.stream import write_atomically
 from .calibration import CalibrationDrawing, StageProgress
 from .components import checkpoints_of, component_config, model_config, with_text_encoders
 from .fine_tune import weights_alone
-from .job import Job
+from .job import Job, calibrate
 from .pipeline import PipelineOptions, check_files, parse_dtype, pick_device, resolve_model
 from .single_file import check_single_file, origin_of, unpack
 from .work_folder import (
@@ -144,8 +144,7 @@ def _quantize(
     copied = other_components(source, set(jobs)) if is_pipeline else []
     _claim(work, jobs, config, drawing, origin, copied)
     if drawing is not None:
-        for job in jobs.values():
-            job.calibrate(drawing)
+        calibrate(jobs.values(), drawing)
         drawing.close()
     report = Report("+".join(job.checkpoint.model_class for job in jobs.values()))
     for job in jobs.values():

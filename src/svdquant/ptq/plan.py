@@ -80,13 +80,17 @@ class GroupPlan:
 
 @dataclass
 class Plan:
-    """What will happen to a model. `layers` in the model's order; `other_bytes` are parameters of no linear."""
+    """What will happen to a model. `layers` in the model's order; `other_bytes` are parameters of no linear.
+
+    unreached: quantized layers that the traced forward did not call, planned by their names.
+    """
 
     model_class: str
     family: str
     traced: bool
     layers: dict[str, LayerPlan] = field(default_factory=dict)
     other_bytes: int = 0
+    unreached: list[str] = field(default_factory=list)
 
     @property
     def groups(self) -> list[GroupPlan]:
@@ -243,6 +247,7 @@ def make_plan(
             layer = replace(layer, kind="keep", spec=None, reason=refused[name])
         plan.layers[name] = layer
         linear_bytes += layer.bytes_before
+    plan.unreached = [name for name, layer in plan.layers.items() if layer.kind != "keep" and name not in traces]
     plan.other_bytes = max(sum(p.numel() * p.element_size() for p in model.parameters()) - linear_bytes, 0)
     _assign_groups(plan, roles, config)
     if "" in linears:

@@ -61,7 +61,8 @@ class Roles:
             return True
         trace = self.traces.get(name)
         if trace is not None and self.tokens_seen:
-            return trace.dims == 2
+            # Experts are given the tokens that chose them, in one list.
+            return trace.dims == 2 and "experts" not in name.split(".")
         return bool(_MODULATION.search(name)) and trace is None
 
     def condition_read(self, name: str) -> str:
@@ -83,8 +84,8 @@ class Roles:
     def siblings(self, name: str) -> tuple[str, ...]:
         """Leaves of the linears that usually read the same tensor as this one; empty where nothing is usual."""
         parent, _, leaf = name.rpartition(".")
-        # Cross attention takes queries and keys from different tensors.
-        if _names_cross_attention(parent, self.where):
+        # Cross attention, of whatever with whatever, takes queries and keys from different tensors.
+        if "cross" in parent.rpartition(".")[2] or _names_cross_attention(parent, self.where):
             return ()
         return next((leaves for leaves in _SIBLINGS if leaf in leaves), ())
 

@@ -146,13 +146,15 @@ def _solve(
         rows = problem.smoothed_inputs(problem.inputs, smooth)
         hessian = HessianFactor(rows.T @ rows)
 
+    # Of a modulation, whose input has outliers of its own, no weight is clipped: measured, pictures get worse by it.
+    fit_scales = config.weights_only and not group.members[0].reason.startswith("modulation")
     out: dict[str, SolvedLayer] = {}
     start = 0
     for name, rows_of in zip(names, problem.splits, strict=True):
         part = slice(start, start + rows_of)
         start += rows_of
         qweight, wscales, wcscales = packed_residual(
-            residual[part], spec.weights, spec.group_size, dtype, hessian, fit_scales=spec.kind == "w4a16"
+            residual[part], spec.weights, spec.group_size, dtype, hessian, fit_scales
         )
         bias = biases[name]
         stored_bias = None if bias is None else bias.detach().clone()
