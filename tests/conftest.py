@@ -2,6 +2,10 @@
 
 import os
 
+# Several processes run tests at a time (pytest-xdist); each takes its share of the cores.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Triton's kernels run in its interpreter here, on CPU tensors; it decides when they are imported. Products of other

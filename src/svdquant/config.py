@@ -142,6 +142,8 @@ class SVDQuantConfig:
             raise SVDQuantError(f"rank={self.rank} is outside 0-{MAX_RANK}")
         if self.refine < 0:
             raise SVDQuantError(f"refine={self.refine} must not be negative")
+        if not -(2**63) <= self.seed < 2**63:
+            raise SVDQuantError(f"seed={self.seed} does not fit 64 bits")
         if self.calibration_rows < 1:
             raise SVDQuantError(f"calibration_rows={self.calibration_rows} must be at least 1")
         if self.group_size is not None:

@@ -55,13 +55,16 @@ def recipe_fields(path: str | Path) -> dict[str, Any]:
     """The fields that a recipe gives, checked as by `read_recipe`."""
     path = Path(path)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        # Editors on Windows begin a file with a mark of its encoding.
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise SVDQuantError(f"{path}: cannot be read ({error.strerror or error}); give a recipe as TOML") from error
     except UnicodeDecodeError as error:
         raise SVDQuantError(f"{path}: is no UTF-8 text; give a recipe as TOML") from error
     except tomllib.TOMLDecodeError as error:
         raise SVDQuantError(f"{path}: is not valid TOML ({error}); correct that line") from error
+    except RecursionError as error:
+        raise SVDQuantError(f"{path}: has values within values too deep to read; give a recipe as TOML") from error
     try:
         _check(data, "")
         SVDQuantConfig(**data)

@@ -7,10 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fine_tunes as ft
+import pytest
 import torch
 from cli_tools import QUICK, SMALL
 from original_layouts import ORIGINAL
 from safetensors.torch import load_file
+
+from svdquant import SVDQuantConfig, SVDQuantError
+from svdquant.integrations.on_disk import quantize_pipeline
 
 WEIGHTS = Path("transformer") / "diffusion_pytorch_model.safetensors"
 
@@ -57,6 +61,45 @@ def test_plan_of_a_file(command: Callable, source: Path, tmp_path: Path) -> None
     assert [plan.code for plan in plans] == [0, 0, 0]
     layers = [json.loads(plan.out)["layers"] for plan in plans]
     assert layers[0] == layers[1] == layers[2]
+
+
+def test_the_pipeline_is_not_overwritten(command: Callable, copy_of: Callable, source: Path, tmp_path: Path) -> None:
+    file = ft.write(tmp_path / "tune.safetensors", ORIGINAL["flux"](stored(source)))
+    base = copy_of(source)
+    for model, flags in ((file, ["--base", base]), (base, [])):
+        for out, sentence in (
+            (base, f"{base}: holds the model that is read ({base})"),
+            (base / "w4", f"is inside {base}"),
+        ):
+            refusal = command("quantize", model, "-o", out, "--data-free", "--overwrite", *flags).refusal()
+            assert sentence in refusal
+    assert_same(base, source)
+    assert sorted(path.name for path in base.iterdir()) == sorted(path.name for path in source.iterdir())
+
+
+def test_what_a_recipe_or_picture_lacks_is_found_before_the_copy(
+    command: Callable, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = ft.write(tmp_path / "tune.safetensors", ORIGINAL["flux"](stored(source)))
+    monkeypatch.setattr("svdquant.integrations.on_disk.unpack", None)
+    recipe, picture, out = tmp_path / "recipe.toml", tmp_path / "broken.png", tmp_path / "out"
+    recipe.write_text("[components.text_encoder_9]\nrank = 8")
+    picture.write_bytes(b"\x89PNG\r\n\x1a\nno picture")
+    flags = ["-o", out, "--base", source]
+    refusal = command("quantize", file, *flags, "--data-free", "--recipe", recipe).refusal()
+    assert f"{recipe}: [components.text_encoder_9]: {source}: the pipeline has no text_encoder_9" in refusal
+    refusal = command("quantize", file, *flags, "--prompt", "a cat", "--image", picture).refusal()
+    assert f"{picture}: cannot be read" in refusal
+    with pytest.raises(SVDQuantError, match="has no text_encoder_9; its components are"):
+        quantize_pipeline(file, out, SVDQuantConfig(components={"text_encoder_9": {}}), base=str(source))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_drawing_says_what_a_file_is_taken_for(command: Callable, source: Path, tmp_path: Path) -> None:
+    inside = {f"model.diffusion_model.{name}": value for name, value in ORIGINAL["flux"](stored(source)).items()}
+    file = ft.write(tmp_path / "tune.safetensors", inside | {"vae.decoder.conv_in.weight": torch.zeros(2, 2)})
+    done = command("generate", file, "a cat", "-o", tmp_path / "a.png", *SMALL, "--base", source)
+    assert done.code == 0 and "vae (1 tensors) are left out for those of" in done.err
 
 
 def test_refusals_leave_nothing(command: Callable, source: Path, tmp_path: Path) -> None:

@@ -35,6 +35,9 @@ def test_names(tmp_path: Path) -> None:
     assert picture_paths(tmp_path, ["x", "x"], [1, 2]) == [
         tmp_path / name for name in ("1-x-1.png", "1-x-2.png", "2-x-1.png", "2-x-2.png")
     ]
+    # A prompt that is called as a numbered one would be.
+    found = picture_paths(tmp_path, ["2 x", "x", "x"], [0])
+    assert found == [tmp_path / name for name in ("1-2-x-0.png", "2-x-0.png", "3-x-0.png")]
 
 
 def test_saved_picture_replaces_the_old_one(tmp_path: Path) -> None:

@@ -56,6 +56,13 @@ def test_every_field_reaches_the_plan(command: Callable, source: Path, recipe: C
     assert layers[block + "norm1.linear"]["kind"] == "keep"
 
 
+def test_options_of_the_denoiser_alone(command: Callable, source: Path, recipe: Callable, tmp_path: Path) -> None:
+    file = recipe("rank = 16\n[components.transformer]\nrank = 8\n")
+    assert planned(command, source, "--recipe", file)["transformer_blocks.0.attn.to_q"]["rank"] == 8
+    assert command("quantize", source, "-o", tmp_path / "out", "--recipe", file, "--data-free").code == 0
+    assert stored(tmp_path / "out")["rank"] == 8
+
+
 def test_flags_win_and_lists_are_joined(command: Callable, source: Path, recipe: Callable) -> None:
     file, block = recipe(TEXT), "transformer_blocks.0."
     # A flag counts as given even if its value is the default.
@@ -116,6 +123,10 @@ def test_seed_of_a_recipe(command: Callable, source: Path, recipe: Callable, tmp
         ("skip = [1]", "skip is [1]; it has to be a list of patterns"),
         ("[overrides]\n'*.ff.*' = false", "overrides.\"*.ff.*\" is False; it has to be a table of fields"),
         ("[components.vae.components.x]", "components in [components.\"vae\"] is no field of a recipe"),
+        ("[components.vae]", "[components.vae]: vae is an AutoencoderKL, made of convolutions"),
+        ("[components.transformer_2]\nrank = 8", "the pipeline has no transformer_2; its components are"),
+        ("seed = 10000000000000000000", "seed=10000000000000000000 does not fit 64 bits"),
+        ("rank = " + "[" * 5000, "has values within values too deep to read"),
         ("weights = 'int3'", "weights='int3' is not one of int4, nvfp4, int8"),
         ("[overrides.'*.ff.*']\nseed = 3", "holds for the whole model only"),
         ("rank = 300", "rank=300 is outside 0-256"),
@@ -155,6 +166,8 @@ def test_flags_that_do_not_go_with_it_name_the_recipe(command: Callable, source:
 
 def test_read_recipe(recipe: Callable) -> None:
     assert svdquant.read_recipe(recipe("")) == SVDQuantConfig()
+    # As Windows' editor saves it.
+    assert svdquant.read_recipe(recipe("\ufeffrank = 16\r\n")) == SVDQuantConfig(rank=16)
     assert svdquant.read_recipe(recipe(TEXT)) == SVDQuantConfig(
         rank=16, modulation="none", skip=["*.to_add_out"], overrides={"*.ff.net.2": {"weights": "int8", "rank": 8}}
     )

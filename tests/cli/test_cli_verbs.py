@@ -22,6 +22,7 @@ from svdquant.cli.estimate import group_work
 from svdquant.cli.prompts import CALIBRATION
 from svdquant.cli.quantize import calibration_prompts
 from svdquant.integrations import pipeline
+from svdquant.integrations.components import text_config
 from svdquant.ptq import GroupPlan, LayerPlan
 from svdquant.ptq.smooth import evaluation_rows, grid
 
@@ -90,6 +91,8 @@ def test_calibration_prompts(source: Path, tmp_path: Path) -> None:
     assert calibration_prompts(str(source), None, ["a", "b"], 3) == ["a", "b", "a"]
     (tmp_path / "prompts.json").write_text('{"calibration": ["own"]}')
     assert calibration_prompts(str(tmp_path), None, [], None) == ["own"]
+    # A single file has those of its pipeline.
+    assert calibration_prompts(str(source), None, [], None, str(tmp_path)) == ["own"]
     assert len(set(CALIBRATION)) == len(CALIBRATION) == 32
 
 
@@ -139,6 +142,17 @@ def test_the_estimate_scores_as_many_rows_as_the_search(n: int, k: int) -> None:
     scored = len(evaluation_rows(problem, torch.Generator()))
     quantized = group_work(GroupPlan("a", (layer,)), config)[1]
     assert quantized == pytest.approx((len(grid(4)) * scored + rows) * k, rel=0.01)
+
+
+def test_the_estimate_counts_what_calibrating_weights_alone_costs() -> None:
+    """Seconds on one core of the machine whose rates the estimate has, without and with calibration, GPTQ or not."""
+    spec = LayerSpec("w4a16", "int4", 64, 0, "none", (), False, False)
+    layers = tuple(LayerPlan(name, "w4a16", 1024, 1024, False, 2, "", "a", "", spec=spec) for name in "abc")
+    seconds = []
+    for gptq, calibrated in ((True, False), (False, True), (True, True)):
+        flops, quantized = group_work(GroupPlan("a", layers), text_config(gptq=gptq), calibrated)
+        seconds.append(flops / 5.0e10 + quantized / 3.6e7)
+    assert seconds == pytest.approx([0.12, 1.03, 1.33], rel=0.05)
 
 
 def test_generate_several_and_compare(command: Callable, quantized: Path, source: Path, tmp_path: Path) -> None:

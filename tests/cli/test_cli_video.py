@@ -21,7 +21,7 @@ from PIL import Image
 from svdquant import SVDQuantError
 from svdquant.cli.clips import save_clip, still
 from svdquant.cli.pictures import IDENTICAL_DB, picture_paths, psnr
-from svdquant.integrations.conditions import made_up_pictures, picture_arguments
+from svdquant.integrations.conditions import made_up_pictures, picture_arguments, read_picture
 from svdquant.integrations.drawing import Clip, PipelineOptions
 
 VIDEO = ["--steps", "2", "--height", "32", "--width", "32", "--num-frames", "5", "--max-sequence-length", "16"]
@@ -152,6 +152,7 @@ def test_refused_before_anything_is_loaded(
     missing = ("cv2", "imageio", "imageio_ffmpeg")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in missing else find(name, *a))
     (tmp_path / "notes.txt").write_text("mine")
+    standins.picture().save(tmp_path / "picture.png")
     for family, arguments, sentence in (
         ("ltx", ["-o", "clip.mp4"], "pip install imageio imageio-ffmpeg"),
         ("ltx", ["-o", "clip.png"], "this model makes videos"),
@@ -159,7 +160,11 @@ def test_refused_before_anything_is_loaded(
         ("flux_dev", ["-o", "clip.gif"], "this model makes pictures"),
         ("flux_dev", ["--num-frames", 5], "takes no num_frames"),
         ("flux_dev", ["--fps", 5], "makes no videos"),
-        ("flux_dev", ["--image", tmp_path / "notes.txt"], "takes no image"),
+        ("ltx", ["--fps", "inf"], "--fps inf is no number to draw with"),
+        ("flux_dev", ["--guidance-scale", "inf"], "--guidance-scale inf is no number to draw with"),
+        ("flux_dev", ["--seed", 10**19], "does not fit 64 bits"),
+        ("flux_dev", ["--image", tmp_path / "picture.png"], "takes no image"),
+        ("flux_fill", ["--image", tmp_path / "notes.txt"], "cannot be read (no picture that Pillow can read)"),
         ("flux_dev", ["--image", tmp_path / "none.png"], "does not exist"),
         ("flux_fill", [], "draws from a picture (image); name a file by --image"),
         ("flux_control", [], "draws from a picture (control_image); name a file by --image"),
@@ -209,6 +214,15 @@ def test_made_up_pictures() -> None:
     assert (np.diff(pixels, axis=1) ** 2).mean() < pixels.var()
     assert (np.asarray(made_up_pictures(FluxFillPipeline, 3, 40, 24)["image"]) == pixels).all()
     assert (np.asarray(made_up_pictures(FluxFillPipeline, 4, 40, 24)["image"]) != pixels).any()
+
+
+def test_pictures_as_cameras_store_them(tmp_path: Path) -> None:
+    """Lying on their side, with a note of that."""
+    lying = Image.new("RGB", (8, 4))
+    exif = Image.Exif()
+    exif[274] = 6
+    lying.save(tmp_path / "a.jpg", exif=exif)
+    assert read_picture(tmp_path / "a.jpg").size == (4, 8)
 
 
 def test_what_else_a_call_needs_is_named() -> None:

@@ -73,6 +73,15 @@ def test_the_weights_are_neither_read_nor_moved():
     assert {p.device.type for p in model.parameters()} == {"cpu"}
 
 
+def test_a_plan_is_the_same_in_inference_mode():
+    with torch.device("meta"):
+        model = diffusers.ChromaTransformer2DModel(num_layers=1, num_single_layers=1)
+    planned = make_plan(model, SVDQuantConfig())
+    with torch.inference_mode():
+        again = make_plan(model, SVDQuantConfig())
+    assert planned.traced and again == planned
+
+
 class Counted(diffusers.ModelMixin, diffusers.ConfigMixin):
     """Reads a value, a mask and a list, none of which a tensor without values has; then one linear after a GELU."""
 

@@ -271,3 +271,16 @@ def test_keys_and_values_of_the_text_may_be_stored_smaller(stored, group_size):
         assert layer.bytes_after == 1152 * (1152 + 2 + 2 if stored == "int8" else 1152 // 2 + 18 * 2 + 2)
     saved = plan("pixart-sigma").bytes_after - made.bytes_after
     assert saved == sum(layer.bytes_before - layer.bytes_after for layer in keys)
+
+
+def test_chromas_network_of_modulations_stays():
+    """Its error would be every block's, as that of the one linear that other models have for this."""
+    with torch.device("meta"):
+        made = make_plan(diffusers.ChromaTransformer2DModel(num_layers=1, num_single_layers=1), SVDQuantConfig())
+    assert made.traced and made.family == "chroma"
+    guidance = {layer.reason for name, layer in made.layers.items() if name.startswith("distilled_guidance_layer.")}
+    assert guidance == {"modulation shared by all blocks"}
+    assert {layer.block for layer in made.layers.values() if layer.kind != "keep"} == {
+        "transformer_blocks.0",
+        "single_transformer_blocks.0",
+    }

@@ -21,6 +21,7 @@ import pytest
 import tiny
 import torch
 from diffusers import DDIMScheduler, FluxTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import svdquant
@@ -40,6 +41,7 @@ from svdquant.integrations.pipeline import (
     skeleton,
 )
 from svdquant.nn import quantized_layers
+from svdquant.ptq import plan
 
 OPTIONS = PipelineOptions(num_inference_steps=2, height=16, width=16, max_sequence_length=32)
 PROMPTS = ["a cat", "a dog on a mat"]
@@ -184,6 +186,27 @@ def test_other_settings_are_refused_until_restart(source: Path, tmp_path: Path) 
         quantize_pipeline(source, out, config(rank=8))
     quantize_pipeline(source, out, config(rank=8), restart=True)
     assert load_pipeline(out).transformer.transformer_blocks[0].attn.to_q.spec.rank == 8
+
+
+def test_pictures_to_calibrate_with_are_known_by_their_contents(source: Path, tmp_path: Path) -> None:
+    """Another picture under the same name makes other inputs; the same one elsewhere, or in memory again, does not."""
+
+    def key(**options: Any) -> list[Any]:
+        arguments: Any = (PipelineOptions(**options), 0, None, torch.device("cpu"), None, tmp_path, print)
+        return calibration.CalibrationDrawing(source, PROMPTS, *arguments).key()
+
+    def picture(name: str, level: int) -> Path:
+        Image.new("RGB", (8, 4), (level, 0, 0)).save(tmp_path / name)
+        return tmp_path / name
+
+    first = key(image=str(picture("a.png", 0)))
+    assert key(image=str(picture("b.png", 0))) == first
+    assert key(image=str(picture("a.png", 9))) != first
+    with pytest.raises(SVDQuantError, match=r"none.png: cannot be read"):
+        key(image=str(tmp_path / "none.png"))
+    for make in (lambda level: Image.new("L", (8, 4), level), lambda level: torch.full((2, 3), level).bfloat16()):
+        assert key(extra={"pictures": [make(0)]}) == key(extra={"pictures": [make(0)]})
+        assert key(extra={"pictures": [make(0)]}) != key(extra={"pictures": [make(1)]})
 
 
 def test_existing_output_is_kept_unless_overwritten(source: Path, tmp_path: Path) -> None:
@@ -348,7 +371,9 @@ def test_models_without_example_inputs_are_traced_once(
     quantize_pipeline(source, tmp_path / "known", config(), prompts=PROMPTS, options=OPTIONS)
     example_traces = plan._example_traces
     monkeypatch.setattr(
-        plan, "_example_traces", lambda *a: {n: t for n, t in example_traces(*a).items() if "ff" not in n and "mlp" not in n}
+        plan,
+        "_example_traces",
+        lambda *a: {n: t for n, t in example_traces(*a).items() if "ff" not in n and "mlp" not in n},
     )
     traced = []
     trace = job.trace_model

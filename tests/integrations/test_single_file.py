@@ -22,8 +22,9 @@ from svdquant.integrations import fine_tune
 from svdquant.integrations.fine_tune import FineTune, bare_file
 from svdquant.integrations.on_disk import quantize_pipeline
 from svdquant.integrations.original_bases import default_base
+from svdquant.integrations.own_parts import load_own_parts
 from svdquant.integrations.pipeline import PipelineOptions, draw, load_pipeline
-from svdquant.integrations.single_file import fitting_base, load_single_file, unpack
+from svdquant.integrations.single_file import fitting_base, load_single_file, part_of, unpack
 from svdquant.integrations.skeletons import build_skeleton, skeleton
 
 CONFIG = SVDQuantConfig(rank=16, smooth=2, gptq=False)
@@ -95,6 +96,15 @@ def test_mixed_types(flux: tuple, tmp_path: Path) -> None:
             assert torch.equal(every.to(wide).float().nan_to_num(), every.float().nan_to_num())
 
 
+@pytest.mark.parametrize("name", ["ltx", "sana"])
+def test_everything_in_fp8(name: str, tmp_path: Path) -> None:
+    """Tables of scales and shifts too, which are no scales of a weight."""
+    made = ft.model(name)
+    base = ft.pipeline_around(made, tmp_path / "base")
+    state = {key: value.to(torch.float8_e4m3fn) for key, value in made.state_dict().items()}
+    assert_same(loaded(ft.write(tmp_path / "f.safetensors", ORIGINAL[name](state)), base), state)
+
+
 @pytest.mark.parametrize("kind", ["scalar", "one", "rows", "row_vector", "blocks", "tiles"])
 @pytest.mark.parametrize("leaf", ["scale_weight", "weight_scale"])
 def test_scaled_fp8(flux: tuple, tmp_path: Path, kind: str, leaf: str) -> None:
@@ -142,6 +152,10 @@ QKV = "double_blocks.0.img_attn.qkv"
     ("change", "sentence"),
     [
         ({f"{QKV}.weight_scale_inv": torch.ones(1)}, "qkv.weight_scale_inv is unknown beside an fp8 weight; give"),
+        (
+            {f"{QKV}.weight_scale": torch.ones(()), f"{QKV}.scale_weight": torch.ones(())},
+            r"qkv.weight has two scales \(scale_weight, weight_scale\); give",
+        ),
         ({f"{QKV}.pre_quant_scale": torch.ones(1)}, "qkv.pre_quant_scale is unknown beside an fp8 weight"),
         ({f"{QKV}.rotation": torch.ones(2, 2)}, "holds double_blocks.0.img_attn.qkv.rotation, which .* no place for"),
         ({f"{QKV}.scale_weight": torch.ones(7)}, r"qkv.scale_weight of the shape \[7\] does not fit its weight"),
@@ -245,6 +259,24 @@ def test_of_another_family(flux: tuple, whole: Path, tmp_path: Path) -> None:
         loaded(ft.write(file, ORIGINAL["flux"](schnell)), flux[1])
 
 
+@pytest.mark.parametrize(
+    ("part", "text", "sentence"),
+    [
+        ("transformer/config.json", '{"_class_name": "FluxTransformer2DModel", "num_layers": "x"}', "makes no model"),
+        ("transformer/config.json", '{"_class_name": "Nope"}', "Nope is no model class of diffusers"),
+        ("transformer/config.json", "{}", " is no model class of diffusers"),
+        ("model_index.json", '{"_class_name": "FluxPipeline", "transformer": []}', "has no transformer or unet"),
+    ],
+)
+def test_broken_pipelines(flux: tuple, tmp_path: Path, part: str, text: str, sentence: str) -> None:
+    state, base = flux
+    broken = Path(shutil.copytree(base, tmp_path / "base"))
+    (broken / part).write_text(text)
+    file = ft.write(tmp_path / "f.safetensors", ORIGINAL["flux"](state))
+    with pytest.raises(SVDQuantError, match=sentence):
+        quantize_pipeline(file, tmp_path / "out", CONFIG, base=str(broken))
+
+
 def test_a_model_that_is_known_by_its_base_alone(tmp_path: Path) -> None:
     """diffusers' names of a class that no table here has."""
     from diffusers import DiTTransformer2DModel
@@ -255,6 +287,7 @@ def test_a_model_that_is_known_by_its_base_alone(tmp_path: Path) -> None:
     base = ft.pipeline_around(made, tmp_path / "base")
     file = ft.write(tmp_path / "f.safetensors", made.state_dict(), "model.diffusion_model.")
     assert_same(loaded(file, base), made.state_dict())
+    assert load_own_parts(file, base, "transformer", torch.bfloat16) == {}
     with pytest.raises(SVDQuantError, match="holds no transformer or UNet that is known by its names"):
         fitting_base(file, None)
 
@@ -276,6 +309,12 @@ def test_all_in_one(flux: tuple, tmp_path: Path) -> None:
     (note,) = notes
     assert note[:3] == ("note", 0, 0)
     assert "text_encoders (2 tensors)" in note[3] and "vae (2 tensors)" in note[3] and "left out for" in note[3]
+
+
+def test_parts_below_the_prefix_of_the_denoiser(tmp_path: Path) -> None:
+    names = ("audio_patchify_proj.weight", "video_embeddings_connector.learnable_registers", "rope.freqs")
+    file = ft.write(tmp_path / "f.safetensors", {name: torch.zeros(1) for name in names}, "model.diffusion_model.")
+    assert FineTune(file).left_out() == "video_embeddings_connector (1 tensors)"
 
 
 def test_shards_and_bare_folders(flux: tuple, whole: Path, tmp_path: Path) -> None:
@@ -300,6 +339,12 @@ def test_shards_and_bare_folders(flux: tuple, whole: Path, tmp_path: Path) -> No
     for number, source in enumerate((bare, model)):
         quantize_pipeline(source, tmp_path / f"out{number}", CONFIG, base=str(whole))
     assert weights_of(tmp_path / "out0") == weights_of(tmp_path / "out1")
+    # What shapes do not tell is in the model's own configuration.
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"axes_dims_rope": [16, 24, 24]}))
+    quantize_pipeline(model, tmp_path / "out2", CONFIG, base=str(whole))
+    stored = json.loads((tmp_path / "out2" / "transformer" / "config.json").read_text())
+    assert stored["axes_dims_rope"] == [16, 24, 24]
     assert_same(load_pipeline(bare, whole, device="cpu").transformer.state_dict(), wanted)
 
 
@@ -333,6 +378,21 @@ def test_stopped_while_unpacking(
     quantize_pipeline(file, tmp_path / "out", CONFIG, base=str(whole))
     quantize_pipeline(whole, tmp_path / "same", CONFIG)
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "same")
+
+
+def test_another_file_does_not_disturb_an_interrupted_run(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = whole / "transformer" / "diffusion_pytorch_model.safetensors"
+    files = [Path(shutil.copy(weights, tmp_path / name)) for name in ("a.safetensors", "b.safetensors")]
+    with pytest.raises(SVDQuantError, match="exceed the relative error"):
+        strict = SVDQuantConfig(rank=16, smooth=2, gptq=False, max_error=1e-9)
+        quantize_pipeline(files[0], tmp_path / "out", strict, base=str(whole))
+    monkeypatch.setattr("svdquant.integrations.on_disk.unpack", None)
+    with pytest.raises(SVDQuantError, match="was begun with other weights"):
+        quantize_pipeline(files[1], tmp_path / "out", CONFIG, base=str(whole))
+    monkeypatch.undo()
+    quantize_pipeline(files[0], tmp_path / "out", CONFIG, base=str(whole))
 
 
 def test_names_are_converted_without_reading_a_weight(
@@ -372,6 +432,13 @@ def test_second_transformer_by_the_name_of_the_file(tmp_path: Path) -> None:
         folder = unpack(file, str(base), tmp_path / part, None, {"file": name})
         assert (folder / part / "diffusion_pytorch_model.safetensors").is_file()
         assert not list((folder / other).glob("*.safetensors"))
+    for name, part in (
+        ("low_noise_model/any", "transformer_2"),
+        ("transformer_2/any", "transformer_2"),
+        ("high_noise_model/any", "transformer"),
+        ("low_noise_model/high_noise", "transformer"),
+    ):
+        assert part_of(str(base), tmp_path / f"{name}.safetensors") == part
 
 
 @pytest.mark.parametrize(
@@ -426,12 +493,14 @@ def test_base_of_files_told_apart_by_name(flux: tuple) -> None:
         assert default_base(model_class, tensors, file) == base
 
 
-def test_plan_and_notes_with_a_base(flux: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_and_notes_with_a_base(flux: tuple, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state, base = flux
     file = ft.write(tmp_path / "f.safetensors", ORIGINAL["flux"](state))
     of_base, alone = skeleton(file, base=str(base)), skeleton(file)
     assert tuple(of_base.config["axes_dims_rope"]) == alone.config["axes_dims_rope"]
     assert of_base.state_dict().keys() == alone.state_dict().keys()
+    encoder = skeleton(file, component="text_encoder_2", base=str(whole))
+    assert type(encoder).__name__ == "T5EncoderModel"
     with pytest.raises(SVDQuantError, match="has a FluxTransformer2DModel; give its own pipeline"):
         skeleton(ft.write(tmp_path / "g.safetensors", ft.model("qwen_image").state_dict()), base=str(base))
     notes: list[str] = []
@@ -520,6 +589,15 @@ def test_text_encoders_of_an_sdxl_checkpoint(tmp_path: Path) -> None:
         for pipe in (load_pipeline(tmp_path / "trained", device="cpu"), load_pipeline(file, base, device="cpu"))
     ]
     assert pictures[0] == pictures[1]
+    # What ComfyUI goes by: such a fine-tune needs another scheduler than its base.
+    file, notes = ft.write(file, state | {"v_pred": torch.zeros(()), "ztsnr": torch.zeros(())}), []
+    fields = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    fitting_base(file, str(base), lambda *note: notes.append(note[3]))
+    assert "the scheduler is set to prediction_type=v_prediction, rescale_betas_zero_snr=True" in notes[1]
+    folder = unpack(file, str(base), tmp_path, None, {})
+    stored = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    drawn = load_pipeline(file, base, device="cpu").scheduler.config
+    assert fields.items() <= stored.items() and fields.items() <= dict(drawn).items()
     state["conditioner.embedders.1.model.ln_final.weight"] = torch.zeros(7)
     file = ft.write(file, state)
     sentence = r"its text_encoder_2 is not as .* has it \(.*final_layer_norm\.weight is \[7\] instead of \[32\]\)"

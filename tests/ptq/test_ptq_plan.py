@@ -386,6 +386,13 @@ def test_text_by_names(attention, beside, kept):
     assert tuple(f"blocks.0.{beside}.{leaf}" for leaf in QKV) in members(plan)
 
 
+@pytest.mark.parametrize(("query", "both"), [("q_linear", "kv_linear"), ("to_q", "to_kv")])
+def test_keys_and_values_of_the_text_in_one_linear(query, both):
+    plan = named(attn=("qkv",), cross_attn=(query, both))
+    assert plan.layers[f"blocks.0.cross_attn.{both}"].reason == "reads the text of a cross-attention"
+    assert members(plan) == [("blocks.0.attn.qkv",), (f"blocks.0.cross_attn.{query}",)]
+
+
 def test_by_names_only_inputs_of_one_width_are_shared():
     block = nn.ModuleDict({"joint": nn.ModuleDict({"to_q": linear(128), "to_k": linear(64), "to_v": linear(64)})})
     plan = make_plan(nn.ModuleDict({"blocks": nn.ModuleList([block])}), CONFIG)
@@ -501,10 +508,8 @@ def test_experts_are_no_modulation():
 
     model = nn.ModuleDict({"blocks": nn.ModuleList([Chosen()])})
     model.forward = lambda x, temb: model["blocks"][0](x, temb)
-    kinds = {
-        name.partition("0.")[2]: layer.kind
-        for name, layer in make_plan(model, CONFIG, lambda m: m(torch.zeros(1, 8, 128), torch.zeros(1, 128))).layers.items()
-    }
+    plan = make_plan(model, CONFIG, lambda m: m(torch.zeros(1, 8, 128), torch.zeros(1, 128)))
+    kinds = {name.partition("0.")[2]: layer.kind for name, layer in plan.layers.items()}
     assert kinds == {"embed": "svdquant", "mod": "w4a16", "experts.0": "svdquant", "experts.1": "svdquant"}
 
 

@@ -13,7 +13,7 @@ import typer
 from ..config import ACTIVATIONS
 from ..errors import SVDQuantError
 from .clips import check_output, save_clip, still
-from .console import Stages, print_json, quiet_libraries
+from .console import Stages, print_json, quiet_libraries, remark
 from .failures import doing
 from .options import ActivationsDial, Base, Device, Dtype, Json, drawing_flags, takes
 from .pictures import picture_paths, psnr, save_picture
@@ -77,6 +77,9 @@ def generate(
     if activations is not None and activations not in ACTIVATIONS:
         raise SVDQuantError(f"activations={activations!r} is not one of {', '.join(ACTIVATIONS)}")
     seeds = seed or [0]
+    for number in seeds:
+        if not -(2**63) <= number < 2**63:
+            raise SVDQuantError(f"--seed {number} does not fit 64 bits; give a smaller one")
     if output is not None:
         check_output(output)
     quiet_libraries()
@@ -88,7 +91,7 @@ def generate(
     clips = False
     for name in (model,) if compare is None else (model, compare):
         with doing(f"opening {name}"):
-            cls = check_model(name, base).cls
+            cls = check_model(name, base, lambda _stage, _done, _total, text: remark(text)).cls
         if cls is not None:
             PipelineOptions(**options).check(cls)
             clips = makes_clips(cls) and options["num_frames"] != 1

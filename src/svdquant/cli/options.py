@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -237,8 +238,15 @@ def drawing_flags(
 ) -> dict[str, Any]:
     """Fields of `PipelineOptions`."""
     for file in (image, mask_image):
-        if file is not None and not Path(file).is_file():
-            raise SVDQuantError(f"{file}: does not exist; give a picture")
+        if file is not None:
+            from ..integrations.conditions import read_picture
+
+            if not Path(file).is_file():
+                raise SVDQuantError(f"{file}: does not exist; give a picture")
+            read_picture(Path(file))
+    for flag, value in (("--guidance-scale", guidance_scale), ("--fps", fps)):
+        if value is not None and not math.isfinite(value):
+            raise SVDQuantError(f"{flag} {value} is no number to draw with; leave it out for the model's own")
     return {
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,

@@ -72,7 +72,10 @@ def picture_paths(output: Path, prompts: list[str], seeds: list[int], clips: boo
 def unique(prompts: list[str]) -> list[str]:
     """Prompts numbered where their names would coincide."""
     names = [slug(prompt) for prompt in prompts]
-    return [p if names.count(names[i]) == 1 else f"{i + 1} {p}" for i, p in enumerate(prompts)]
+    found = [p if names.count(names[i]) == 1 else f"{i + 1} {p}" for i, p in enumerate(prompts)]
+    if len({slug(name) for name in found}) < len(found):
+        return [f"{i + 1} {p}" for i, p in enumerate(prompts)]
+    return found
 
 
 def slug(text: str, length: int = 48) -> str:

@@ -82,7 +82,7 @@ def quantize(
     if max_memory is not None and not _MEMORY.fullmatch(max_memory):
         raise SVDQuantError(f"--max-memory {max_memory!r} is no size; write it as 8GB or 900MB")
     quiet_libraries()
-    chosen = None if data_free else calibration_prompts(model, prompts, prompt or [], samples)
+    chosen = None if data_free else calibration_prompts(model, prompts, prompt or [], samples, base)
     with doing(f"quantizing {model}", resumable=True), Stages(STAGES) as progress:
         report = quantize_pipeline(
             model,
@@ -106,10 +106,12 @@ def quantize(
         typer.echo(_summary(report, output, calibrated=chosen is not None))
 
 
-def calibration_prompts(model: str, file: Path | None, texts: list[str], samples: int | None) -> list[str]:
-    """Prompts to calibrate with: given ones, else the model's own, else ours; `samples` of them, repeated if needed.
+def calibration_prompts(
+    model: str, file: Path | None, texts: list[str], samples: int | None, base: str | None = None
+) -> list[str]:
+    """Prompts to calibrate with: given ones, else those of the model or its base, else ours; `samples` of them.
 
-    Raises `SVDQuantError` where the file cannot be read or holds none.
+    Too few are repeated. Raises `SVDQuantError` where the file cannot be read or holds none.
     """
     given = list(texts)
     if file is not None:
@@ -117,7 +119,8 @@ def calibration_prompts(model: str, file: Path | None, texts: list[str], samples
     if not given:
         from ..integrations.pipeline import generation_defaults, resolve_model
 
-        given = generation_defaults(resolve_model(model)).get("calibration") or list(CALIBRATION)
+        own, of_base = (generation_defaults(path).get("calibration") for path in (resolve_model(model), base))
+        given = own or of_base or list(CALIBRATION)
     return list(islice(cycle(given), samples or len(given)))
 
 
@@ -145,7 +148,8 @@ def _summary(report: Report, output: Path, calibrated: bool) -> str:
     of = "of a layer's output" if calibrated else "of a layer's weight (data-free)"
     lines = [
         f"saved       {output}",
-        f"denoiser    {report.model_class}: {size(report.bytes_before)} → {size(report.bytes_after)}",
+        f"{'models' if '+' in report.model_class else 'model':11} {report.model_class}: "
+        f"{size(report.bytes_before)} → {size(report.bytes_after)}",
         f"layers      {len(report.quantized)} quantized" + (f", {kept} sent back to 16 bits" if kept else ""),
         f"error       {report.mean_error():.4f} {of} on average; worst {worst}",
         *_stayed(report),

@@ -43,21 +43,26 @@ def _is_given(ctx: typer.Context, flag: str) -> bool:
 def _check_layers(recipe: Path, fields: dict[str, Any], model: str, base: str | None) -> None:
     from ..checkpoint.hub import looks_like_hub_id
 
-    pipeline = base or model
-    patterned = {name: own for name, own in fields.get("components", {}).items() if _has_patterns(own)}
+    pipeline, components = base or model, fields.get("components", {})
     if not looks_like_hub_id(pipeline) and not (Path(pipeline) / "model_index.json").is_file():
         # A model by itself has no components.
-        patterned = {}
-    if not _has_patterns(fields) and not patterned:
+        components = {}
+    if not _has_patterns(fields) and not components:
         return
-    from ..integrations.skeletons import skeleton
+    from ..integrations.skeletons import component_class, skeleton
     from .console import quiet_libraries
 
     quiet_libraries()
+    for name in components:
+        try:
+            component_class(pipeline, name)
+        except SVDQuantError as error:
+            raise SVDQuantError(f"{recipe}: [components.{name}]: {error}") from error
     if _has_patterns(fields):
         check_patterns(recipe, fields, _layers(skeleton(model, base=base)), model)
-    for name, own in patterned.items():
-        check_patterns(recipe, own, _layers(skeleton(pipeline, component=name)), f"the {name} of {pipeline}")
+    for name, own in components.items():
+        if _has_patterns(own):
+            check_patterns(recipe, own, _layers(skeleton(pipeline, component=name)), f"the {name} of {pipeline}")
 
 
 def _has_patterns(fields: dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import shutil
 from collections.abc import Callable
 from functools import cached_property
@@ -15,6 +16,7 @@ import torch
 from ..checkpoint.layout import DENOISERS, Checkpoint
 from ..checkpoint.skeleton import stored_dtype
 from .components import checkpoints_of
+from .conditions import read_picture
 from .drawing import calibration_note, draw_to_calibrate
 from .pipeline import PipelineOptions, host_memory_for, load_pipeline, pipeline_bytes
 
@@ -48,7 +50,11 @@ class CalibrationDrawing:
 
     def key(self) -> list[Any]:
         """What decides the pictures, but for the model."""
-        return [self.prompts, vars(self.options), self.seed]
+        options = vars(self.options) | {"extra": {name: _told(value) for name, value in self.options.extra.items()}}
+        for name in ("image", "mask_image"):
+            if options[name] is not None:
+                options[name] = _told(read_picture(Path(options[name])))
+        return [self.prompts, options, self.seed]
 
     def _load_dtype(self) -> torch.dtype:
         return self.dtype or working_dtype(next(iter(checkpoints_of(self.source).values())))
@@ -106,6 +112,18 @@ class CalibrationDrawing:
         self._pipe = None
         gc.collect()
         shutil.rmtree(self.offload, ignore_errors=True)
+
+
+def _told(value: Any) -> Any:
+    """Of a picture, tensor or array its contents: as text it would be where it lies in memory."""
+    if isinstance(value, (list, tuple)):
+        return [_told(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        value = value.detach().float().cpu().numpy()
+    if not hasattr(value, "tobytes"):
+        return value
+    shape = getattr(value, "shape", None) or (value.mode, *value.size)
+    return [*map(str, shape), hashlib.sha256(value.tobytes()).hexdigest()]
 
 
 def working_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -51,8 +51,10 @@ def component_config(config: SVDQuantConfig, library: str, part: str) -> SVDQuan
 
 
 def planned_config(config: SVDQuantConfig, model: nn.Module, component: str | None) -> SVDQuantConfig:
-    """What `quantize` would use for the model: of a pipeline's `component`, or by itself."""
+    """What `quantize` would use for the model: of a pipeline's `component` (None: its first denoiser), or by itself."""
     library = library_of(model)
+    if component is None and library == "diffusers":
+        component = next((name for name in ("transformer", "unet") if name in config.components), None)
     if component is None:
         return model_config(replace(config, components={}), library)
     return component_config(config, library, component)

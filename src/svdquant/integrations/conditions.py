@@ -60,13 +60,16 @@ def read_pictures(cls: type, image: str | None, mask_image: str | None) -> dict[
 
 
 def read_picture(file: Path, mode: str = "RGB") -> Image:
+    """The picture the way up that it is looked at. Raises `SVDQuantError` where it cannot be read."""
     from PIL import Image as images
+    from PIL import ImageOps
 
     try:
         with images.open(file) as picture:
-            return picture.convert(mode)
-    except OSError as error:
-        reason = error.strerror or "no picture that Pillow can read"
+            return ImageOps.exif_transpose(picture).convert(mode)
+    # Pillow's decoders raise of many kinds for damaged files.
+    except (OSError, SyntaxError, ValueError, images.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or "no picture that Pillow can read"
         raise SVDQuantError(f"{file}: cannot be read ({reason}); give a PNG, JPEG or WebP file") from error
 
 

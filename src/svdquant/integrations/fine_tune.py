@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection
 from functools import cached_property
@@ -51,6 +52,17 @@ def weights_alone(path: Path, base: str | None) -> Path | None:
     return _only_weights(path)
 
 
+# As ComfyUI reads them: fine-tunes for v-prediction draw noise with the scheduler of another model.
+_SCHEDULERS: dict[str, tuple[str, Any]] = {
+    "v_pred": ("prediction_type", "v_prediction"),
+    "ztsnr": ("rescale_betas_zero_snr", True),
+}
+
+
+# In LTX-2's files below the denoiser's prefix, in diffusers a component of its own.
+_CONNECTOR = re.compile(r"(video|audio)_embeddings_connector\.")
+
+
 class FineTune:
     """Weights of a denoiser without its configuration. Use as a context manager: it maps the file.
 
@@ -78,7 +90,17 @@ class FineTune:
         """What `config` describes, where the file has all of that model's names."""
         if config is None:
             return None
-        names, held = _state_of(config).keys(), self.checkpoint.tensors.keys()
+        try:
+            names = _state_of(config).keys()
+        except SVDQuantError:
+            raise
+        # Classes of diffusers check no type of what configures them.
+        except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, ZeroDivisionError) as error:
+            raise SVDQuantError(
+                f"{self.path}: the configuration of its {config['_class_name']} makes no model ({error}); download its "
+                "pipeline again"
+            ) from error
+        held = self.checkpoint.tensors.keys()
         fitting = (p for p in PREFIXES if all(p + name in held for name in names))
         prefix = next(fitting, None)
         return None if prefix is None else Found(prefix, str(config["_class_name"]))
@@ -132,10 +154,17 @@ class FineTune:
         ignore = tuple(getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or ())
         return to_diffusers(cls.__name__, self.tensors, expected, config, self.path, base, ignore)
 
+    def scheduler_fields(self) -> dict[str, Any]:
+        """What the file says of its scheduler, by tensors of certain names; UNets alone do."""
+        if self.found.model_class != "UNet2DConditionModel":
+            return {}
+        return {field: value for mark, (field, value) in _SCHEDULERS.items() if mark in self.checkpoint.tensors}
+
     def left_out(self, used: Collection[str] = ()) -> str:
         """What else the file holds, in words; "" for nothing. used: prefixes of what is used besides the denoiser."""
         prefixes = (self.found.prefix, *used)
         rest = [name for name in self.checkpoint.tensors if not name.startswith(prefixes)]
+        rest += [name for name in self.found.names(self.checkpoint.tensors) if _CONNECTOR.match(name)]
         # Names of at least two parts; single ones are schedules and counters.
         groups = Counter(name.split(".")[0] for name in rest if "." in name)
         return ", ".join(f"{group} ({count} tensors)" for group, count in groups.most_common())

@@ -23,6 +23,7 @@ from .fine_tune import weights_alone
 from .job import Job, calibrate
 from .pipeline import PipelineOptions, check_files, parse_dtype, pick_device, resolve_model
 from .single_file import check_single_file, origin_of, unpack
+from .skeletons import component_class
 from .work_folder import (
     check_disk,
     check_output,
@@ -83,6 +84,9 @@ def quantize_pipeline(
     weights = weights_alone(source, base)
     if weights is not None:
         base = check_single_file(weights, base, say)
+        check_output(out, Path(base), overwrite)
+        for name in config.components:
+            component_class(base, name)
     elif prompts is not None and not (source / "model_index.json").is_file():
         raise SVDQuantError(f"{source}: is a model without its pipeline; name the pipeline folder, or pass --data-free")
     else:
@@ -99,6 +103,9 @@ def quantize_pipeline(
         if weights is not None:
             assert base is not None
             origin = origin_of(weights, base, wanted)
+            # Before a copy is made, and that of the other run is lost.
+            if _is_solved(work) and _begun(work).get("weights") != origin:
+                raise _other_job(work, ["weights"])
             source = unpack(weights, base, work, wanted, origin)
             config = _with_components(config, source, text_encoders)
         drawing = None
@@ -203,23 +210,37 @@ def _claim(
         "dtype": {part: str(entry.dtype) for part, entry in jobs.items()},
         "format": 1,
     }
-    file = work / "job.json"
-    before = json.loads(file.read_text()) if file.is_file() else {}
+    file, before = work / "job.json", _begun(work)
     if before == job:
         return
-    if any((work / "solved").rglob("*.safetensors")):
+    if _is_solved(work):
         changed = [key for key in job if not _agree(before.get(key), job[key])]
         if "config" in changed and isinstance(before.get("config"), dict):
             changed += [key for key, value in solving.items() if before["config"].get(key) != value]
             changed.remove("config")
-        raise SVDQuantError(
-            f"{work}: was begun with other {', '.join(changed) or 'versions'}; repeat that command to finish it, or "
-            "pass --restart to begin anew"
-        )
+        raise _other_job(work, changed)
     # Nothing is lost by beginning anew, e.g. after broken weights were replaced. What is kept says what it is of.
     clear_folder(work, keep=("source", "traces", "offload"))
     check_disk(work, _disk_needed(jobs, drawing, copied))
     write_atomically(file, lambda path: write_text(path, json.dumps(job, indent=1)))
+
+
+def _begun(work: Path) -> dict[str, Any]:
+    """What the work folder is for, {} where that is not settled."""
+    file = work / "job.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return found
+
+
+def _is_solved(work: Path) -> bool:
+    return any((work / "solved").rglob("*.safetensors"))
+
+
+def _other_job(work: Path, changed: list[str]) -> SVDQuantError:
+    return SVDQuantError(
+        f"{work}: was begun with other {', '.join(changed) or 'versions'}; repeat that command to finish it, or pass "
+        "--restart to begin anew"
+    )
 
 
 def _disk_needed(jobs: dict[str, Job], drawing: CalibrationDrawing | None, copied: list[Path]) -> int:

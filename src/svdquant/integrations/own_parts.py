@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..checkpoint.layout import open_checkpoint, read_json
 from ..errors import SVDQuantError
@@ -24,6 +23,7 @@ PREFIXES = {
     "text_encoder_2": ("conditioner.embedders.1.model.",),
     "vae": ("first_stage_model.",),
 }
+SCHEDULER = Path("scheduler") / "scheduler_config.json"
 _OPEN_CLIP = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -102,10 +102,15 @@ def _from_open_clip(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     return converted
 
 
-def load_own_parts(file: Path, pipeline: Path, dtype: torch.dtype, given: Collection[str] = ()) -> dict[str, nn.Module]:
-    """The components besides the denoiser that the file has, as models. given: those that are not wanted."""
-    loaded: dict[str, nn.Module] = {}
-    with FineTune(file) as tune:
+def load_own_parts(
+    file: Path, pipeline: Path, slot: str, dtype: torch.dtype, given: Collection[str] = ()
+) -> dict[str, Any]:
+    """The components besides the denoiser that the file has, and the scheduler if the file asks for another.
+
+    slot: the denoiser's name in the pipeline. given: components that are not wanted.
+    """
+    loaded: dict[str, Any] = {}
+    with FineTune(file, read_json(pipeline / slot / "config.json")) as tune:
         for part, prefix in own_parts(tune, str(pipeline)).items():
             if part in given:
                 continue
@@ -120,4 +125,10 @@ def load_own_parts(file: Path, pipeline: Path, dtype: torch.dtype, given: Collec
                 model: Any = cls.from_config(cls.load_config(pipeline / part)).to(dtype)
                 model.load_state_dict(state)
                 loaded[part] = model.eval()
+        fields = tune.scheduler_fields()
+    if fields and "scheduler" not in given:
+        import diffusers
+
+        config = read_json(pipeline / SCHEDULER) | fields
+        loaded["scheduler"] = getattr(diffusers, config["_class_name"]).from_config(config)
     return loaded

@@ -18,7 +18,7 @@ from ..errors import SVDQuantError
 from .drawing import PipelineOptions, draw, generation_defaults, parse_dtype, pick_device, place
 from .fine_tune import bare_file
 from .own_parts import load_own_parts
-from .single_file import fitting_base, load_single_file, part_of
+from .single_file import Say, fitting_base, load_single_file, part_of
 from .skeletons import build_skeleton, skeleton
 from .slots import (
     blocks_only,
@@ -77,9 +77,12 @@ class Parts:
     checkpoint: Checkpoint | None = None
 
 
-def check_model(model: str | Path, base: str | Path | None = None) -> Parts:
-    """What `load_pipeline` will use. Raises `SVDQuantError` for what cannot be loaded, without loading any weight."""
-    return _find_parts(model, base, None, ())
+def check_model(model: str | Path, base: str | Path | None = None, say: Say | None = None) -> Parts:
+    """What `load_pipeline` will use. Raises `SVDQuantError` for what cannot be loaded, without loading any weight.
+
+    say: told what is taken from a single file, and for which pipeline it is taken.
+    """
+    return _find_parts(model, base, None, (), say)
 
 
 def load_pipeline(
@@ -119,7 +122,7 @@ def load_pipeline(
     if parts.checkpoint is not None and parts.slot is not None:
         components[parts.slot] = _load_part(parts.checkpoint, parts.folder, parts.slot, wanted)
         if parts.checkpoint.is_file and parts.checkpoint.quantization is None:
-            components |= load_own_parts(parts.checkpoint.path, parts.folder, wanted, components.keys())
+            components |= load_own_parts(parts.checkpoint.path, parts.folder, parts.slot, wanted, components.keys())
     else:
         components |= _own_denoisers(parts.folder, components.keys(), wanted, max_memory, offload_folder)
     cls = DiffusionPipeline if pipeline is None else parts.cls
@@ -141,7 +144,11 @@ def load_pipeline(
 
 
 def _find_parts(
-    model: str | Path, base: str | Path | None, pipeline: str | type | None, given: Collection[str]
+    model: str | Path,
+    base: str | Path | None,
+    pipeline: str | type | None,
+    given: Collection[str],
+    say: Say | None = None,
 ) -> Parts:
     path = resolve_checkpoint(model)
     if (path / "model_index.json").is_file():
@@ -154,7 +161,7 @@ def _find_parts(
     checkpoint = open_checkpoint(path)
     bare = checkpoint.is_file and checkpoint.quantization is None
     if bare:
-        base = fitting_base(path, None if base is None else str(base))
+        base = fitting_base(path, None if base is None else str(base), say)
     elif base is None:
         base = published_base(checkpoint, (str(model),))
     if base is None:

@@ -21,12 +21,12 @@ from ..errors import SVDQuantError
 from ..ptq.stream import write_atomically
 from .fine_tune import FineTune, finite
 from .lazy_tensor import LazyTensor
-from .own_parts import own_parts, part_tensors
+from .own_parts import SCHEDULER, own_parts, part_tensors
 from .slots import read_index
 from .sources import check_files, hub_json, model_class, resolve_model
 from .work_folder import check_disk, copy_entries, other_components, size_of, storing, write_text
 
-_LOW_NOISE = re.compile(r"low[-_. ]?noise")
+_NOISE = re.compile(r"(low|high)[-_. ]?noise")
 # A remark for the user: (stage "note", 0, 0, text).
 Say = Callable[[str, int, int, str], None]
 
@@ -36,7 +36,7 @@ def config_of_file(path: Path, base: str | None = None) -> dict[str, Any]:
     if base is None:
         with FineTune(path) as tune:
             return tune.config()
-    config = _base_config(base, part_of(base, path))
+    config = _config(path, base, part_of(base, path))
     with FineTune(path, config) as tune:
         tune.converted(config, base)
     return config
@@ -59,7 +59,7 @@ def fitting_base(file: Path, base: str | None, say: Say | None = None) -> str:
     base = base or _likely_base(file)
     try:
         part = part_of(base, file)
-        config = _base_config(base, part)
+        config = _config(file, base, part)
     except SVDQuantError as error:
         if not guessed:
             raise
@@ -96,6 +96,9 @@ def _notes(tune: FineTune, base: str, part: str, guessed: bool) -> list[str]:
     own = own_parts(tune, base)
     if own:
         notes.append(f"the {', '.join(own)} of {tune.path.name} are taken too")
+    if fields := tune.scheduler_fields():
+        said = ", ".join(f"{name}={value}" for name, value in fields.items())
+        notes.append(f"the scheduler is set to {said}, as {tune.path.name} says")
     if left := tune.left_out(tuple(own.values())):
         notes.append(
             f"of {tune.path.name} the {part} is used; {left} are left out for those of {base}; if they were trained "
@@ -107,17 +110,29 @@ def _notes(tune: FineTune, base: str, part: str, guessed: bool) -> list[str]:
 def _denoisers(base: str) -> list[str]:
     """The denoising models that the pipeline names."""
     index = read_index(base)
-    found = [part for part in DENOISERS if isinstance(index.get(part), list) and index[part][-1] is not None]
+    entries = {part: entry for part in DENOISERS if isinstance(entry := index.get(part), list)}
+    found = [part for part, entry in entries.items() if entry and entry[-1] is not None]
     if not found:
         raise SVDQuantError(f"{base}: the pipeline has no {' or '.join(DENOISERS)}; give another as base")
     return found
 
 
 def part_of(base: str, file: Path) -> str:
-    """The denoiser whose place the file takes: of two that share the steps, by the name of the file."""
+    """The denoiser whose place the file takes: of two that share the steps, by the name of the file or its folder."""
     parts = _denoisers(base)
-    second = "transformer_2" in parts and _LOW_NOISE.search(file.name.lower())
-    return "transformer_2" if second else parts[0]
+    folder = file.resolve().parent.name.lower()
+    said = _NOISE.search(file.name.lower()) or _NOISE.search(folder)
+    second = folder == "transformer_2" if said is None else said[1] == "low"
+    return "transformer_2" if second and "transformer_2" in parts else parts[0]
+
+
+def _config(file: Path, base: str, part: str) -> dict[str, Any]:
+    """Of the file's model: as the pipeline has it, but for what a model folder says in which the file lies."""
+    config, own = _base_config(base, part), file.parent / "config.json"
+    found = read_json(own) if own.is_file() else {}
+    if found.get("_class_name") != config.get("_class_name"):
+        return config
+    return config | {key: value for key, value in found.items() if key != "quantization_config"}
 
 
 def _base_config(base: str, part: str) -> dict[str, Any]:
@@ -156,7 +171,7 @@ def unpack(file: Path, base: str, work: Path, dtype: torch.dtype | None, origin:
     shutil.rmtree(folder, ignore_errors=True)
     part, wanted = part_of(base, file), dtype or torch.bfloat16
     pipeline = resolve_model(base, skip=(part,))
-    config = _base_config(base, part)
+    config = _config(file, base, part)
     with FineTune(file, config) as tune:
         tensors = tune.converted(config, base)
         own = {name: part_tensors(tune, name, prefix, pipeline) for name, prefix in own_parts(tune, base).items()}
@@ -175,7 +190,11 @@ def unpack(file: Path, base: str, work: Path, dtype: torch.dtype | None, origin:
             copy_entries(
                 [entry for entry in (pipeline / name).glob("*.json") if "index" not in entry.name], folder / name
             )
+        fields = tune.scheduler_fields()
     copy_entries(rest, folder)
+    if fields:
+        text = json.dumps(read_json(folder / SCHEDULER) | fields, indent=2) + "\n"
+        write_atomically(folder / SCHEDULER, lambda path: write_text(path, text))
     write_atomically(complete, lambda path: write_text(path, json.dumps(origin)))
     return folder
 
@@ -196,7 +215,7 @@ def load_single_file(file: Path, pipeline: Path, dtype: torch.dtype, part: str |
     from accelerate import init_empty_weights
 
     base = str(pipeline)
-    config = _base_config(base, part or part_of(base, file))
+    config = _config(file, base, part or part_of(base, file))
     cls, fp32 = model_class(str(config.get("_class_name", ""))), _kept_in_fp32(config)
     with FineTune(file, config) as tune:
         tensors = tune.converted(config, base)

@@ -22,8 +22,9 @@ def skeleton(
     """A model on the meta device, from its configuration alone.
 
     model: a pipeline or model folder, a config.json, a Hub id (only its configuration is fetched) or the name of a
-    model class of diffusers or transformers (its default configuration). component: of a pipeline; None = its denoiser.
-    A file of weights alone has the configuration of `base`, or what its tensors' shapes tell; its header is read.
+    model class of diffusers or transformers (its default configuration). component: of a pipeline, which is `base` for
+    a model that comes without one; None = its denoiser. A file of weights alone has the configuration of `base`, or
+    what its tensors' shapes tell; its header is read.
     Raises `SVDQuantError` where there is no such model.
     """
     path = Path(model)
@@ -32,6 +33,8 @@ def skeleton(
     if str(model).isidentifier() and not path.exists() and (library := _library_with(str(model))):
         return build_skeleton(model_class(str(model), library), None, dtype)
     if component is not None:
+        if base is not None and path.exists() and not (path / "model_index.json").is_file():
+            model = base
         library, name = component_class(model, component)
         config = _component_config(model, component)
         return build_skeleton(model_class(name, library), config, dtype)

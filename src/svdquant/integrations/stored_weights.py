@@ -46,7 +46,7 @@ def lazy_weights(
     refuse_packed(tensors, where)
     formats = _layer_formats(tensors, mapped, metadata, where, prefix)
     scales = {name: info for name, info in tensors.items() if name.rpartition(".")[2] in _SCALES}
-    fp8 = {name.rpartition(".")[0] for name, info in tensors.items() if info.dtype in FP8 and name not in scales}
+    fp8 = {name.removesuffix(".weight") for name, info in tensors.items() if info.dtype in FP8 and name not in scales}
     weights: dict[str, LazyTensor] = {}
     for name, info in tensors.items():
         module, _, leaf = name.rpartition(".")
@@ -56,8 +56,13 @@ def lazy_weights(
             raise SVDQuantError(
                 f"{where}: {prefix}{name} is unknown beside an fp8 weight; give the file of this model in 16 bits"
             )
-        scale = next((f"{module}.{kind}" for kind in _SCALES if f"{module}.{kind}" in scales), None)
-        weights[name] = _weight(name, info, scale if leaf == "weight" else None, mapped, prefix, where)
+        beside = [f"{module}.{kind}" for kind in _SCALES if leaf == "weight" and f"{module}.{kind}" in scales]
+        if len(beside) > 1:
+            raise SVDQuantError(
+                f"{where}: {prefix}{name} has two scales ({', '.join(_SCALES)}); give the file of this model in 16 bits"
+            )
+        scale = beside[0] if beside else None
+        weights[name] = _weight(name, info, scale, mapped, prefix, where)
     for name in scales:
         module = name.rpartition(".")[0]
         if f"{module}.weight" not in tensors:

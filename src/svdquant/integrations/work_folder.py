@@ -46,9 +46,11 @@ def storing(path: Path) -> Iterator[None]:
 
 
 def check_output(out: Path, source: Path, overwrite: bool) -> None:
-    """Refuses an output that would replace something else than a model, or the model itself."""
+    """Refuses an output that would replace something else than a model, or is what is read, or within it."""
     if not out.name:
         raise SVDQuantError(f"{out}: cannot be replaced; choose a folder in it")
+    if (source / "model_index.json").is_file() and source.resolve() in out.resolve().parents:
+        raise SVDQuantError(f"{out}: is inside {source}, which is read; choose a folder outside it")
     if not out.exists():
         return
     if not out.is_dir():
@@ -58,7 +60,7 @@ def check_output(out: Path, source: Path, overwrite: bool) -> None:
     if not overwrite:
         raise SVDQuantError(f"{out}: exists already; choose another folder or pass --overwrite")
     if out.resolve() in (source.resolve(), *source.resolve().parents):
-        raise SVDQuantError(f"{out}: holds the model that is to be quantized; choose another folder")
+        raise SVDQuantError(f"{out}: holds the model that is read ({source}); choose another folder")
     if not any((out / name).is_file() for name in ("model_index.json", "config.json", "svdquant_report.json")):
         raise SVDQuantError(f"{out}: is a folder without a model, so it is not replaced; empty it or choose another")
 

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -183,6 +184,7 @@ def trace_model(model: nn.Module, run: Run) -> dict[str, LayerTrace]:
     return trace_forward(model, {name: block_of(name, blocks) for name in find_linears(model)}, run)
 
 
+@torch.inference_mode(False)  # in which calls do not reach what lets tensors without values pass
 def _example_traces(model: nn.Module, family: Family, where: dict[str, str]) -> dict[str, LayerTrace]:
     """A trace of the family's own example inputs, else of guessed ones; empty where the model runs with neither.
 

@@ -17,9 +17,11 @@ _MODULATION = re.compile(r"(^|\.)(norm\d*(_\w+)?|(\w+_)?mod(ulation\w*)?|adaln\w
 _SHARED = re.compile(r"(^|\.)(\w*modulation\w*|time_proj|adaln_single|time_embed|time_mod\w*)(\.(linear|\d+))?$")
 _FINAL = re.compile(r"final|norm_out|last", re.IGNORECASE)
 _CROSS = re.compile(r"(^|\.)cross_?att(n|ention)\w*$", re.IGNORECASE)
-_QUERY = dict.fromkeys(("to_k", "to_v", "add_k_proj", "add_v_proj"), "to_q") | dict.fromkeys(
-    ("to_key", "to_value"), "to_query"
-)
+_QUERY = {
+    **dict.fromkeys(("to_k", "to_v", "to_kv", "add_k_proj", "add_v_proj"), "to_q"),
+    **dict.fromkeys(("to_key", "to_value"), "to_query"),
+    "kv_linear": "q_linear",
+}
 _SIBLINGS = (
     ("to_q", "to_k", "to_v"),
     ("add_q_proj", "add_k_proj", "add_v_proj"),

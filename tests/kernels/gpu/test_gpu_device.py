@@ -1,6 +1,6 @@
 """On a real GPU: streams, graphs, several devices, offloading, compiling. Elsewhere these have nothing to run on.
 
-Run by `TRITON_INTERPRET=0 python -m pytest tests/kernels/gpu/test_gpu_device.py`; numbers are checked, too, by
+Run by `TRITON_INTERPRET=0 python -m pytest -n 0 tests/kernels/gpu/test_gpu_device.py`; numbers are checked, too, by
 `svdquant bench --suite gpu`.
 """
 
