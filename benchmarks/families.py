@@ -5,8 +5,8 @@
 Plans come from the published configurations (tests/families/configs). Of each model one block of every kind is made,
 with random weights in bfloat16: each distinct group of linears is solved once, data-free (rank 32, to nearest), and
 multiplies `--rows` random rows (a modulation one), on a CPU. A family has a process of its own; it holds one group in
-16 bits at a time, and the quantized layers of all. Peaks are resident memory above what was held before. A quarter of an hour on
-two cores; --family replaces some of the results.
+16 bits at a time, and the quantized layers of all. Peaks are resident memory above what was held before. A quarter of
+an hour on two cores; --family replaces some of the results.
 """
 
 from __future__ import annotations
