@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 from typer.testing import CliRunner
 
 from svdquant import SVDQuantConfig, SVDQuantError
@@ -122,3 +124,21 @@ def test_components_that_cannot_be_planned(component: str, message: str) -> None
 
     with pytest.raises(SVDQuantError, match=message):
         skeleton(embedded_model(), component=component)
+
+
+def test_encoders_that_no_family_names_are_traced():
+    """BERT: query, key and value of a layer read the same tensor, whatever they are called."""
+    model = BertModel(
+        BertConfig(vocab_size=32, hidden_size=128, num_hidden_layers=1, num_attention_heads=2, intermediate_size=256)
+    )
+    assert family_of(model).name == "generic"
+    plan = make_plan(model, text_config())
+    groups = [[member.name.rpartition(".")[2] for member in group.members] for group in plan.groups]
+    assert plan.traced and ["query", "key", "value"] in groups
+
+
+def test_planning_draws_no_random_numbers():
+    model = T5EncoderModel(T5Config(vocab_size=32, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4)).train()
+    before = torch.get_rng_state()
+    make_plan(model, text_config())
+    assert torch.equal(before, torch.get_rng_state()) and model.training

@@ -15,6 +15,7 @@ from ..config import GROUP_SIZES, LayerSpec, SVDQuantConfig, matches
 from ..errors import SVDQuantError
 from ..families import Family, family_of
 from ..families.guess import guess_inputs, skeleton_of, values_optional
+from ..families.text import token_ids
 from ..nn import is_pointwise_conv
 from ..numerics import FORMATS, groups_of, padded_columns
 from .roles import Roles, routers, shortcut
@@ -194,10 +195,13 @@ def _example_traces(model: nn.Module, family: Family, where: dict[str, str]) -> 
     if skeleton is not None and set(find_linears(skeleton)) != set(where):
         skeleton = None
     traces: dict[str, LayerTrace] = {}
-    if family.example_inputs is not None:
+    # A model of transformers that no family names most likely reads tokens.
+    example_inputs = family.example_inputs or (token_ids if hasattr(model, "config_class") else None)
+    if example_inputs is not None:
         try:
-            inputs = family.example_inputs(skeleton or model)
-            with values_optional() if skeleton is not None else nullcontext():
+            inputs = example_inputs(skeleton or model)
+            # A model in memory may be in training, and its dropout draws numbers.
+            with torch.random.fork_rng([]), values_optional() if skeleton is not None else nullcontext():
                 return trace_forward(skeleton or model, where, lambda m: m(**inputs))
         except Exception:  # whatever a model raises at unforeseen inputs
             pass
