@@ -2,9 +2,10 @@
 
 import os
 
-# Several processes run tests at a time (pytest-xdist); each takes its share of the cores.
-_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+# Several processes run tests at a time (pytest-xdist); each takes its share of the cores. The process that starts them
+# sets nothing, because they would inherit it.
+if _WORKERS := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(_WORKERS))))
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

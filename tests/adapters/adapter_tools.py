@@ -15,6 +15,8 @@ import svdquant
 
 BF16, FP32 = torch.bfloat16, torch.float32
 PREFIX = "transformer."
+# What `quantized_flux` has solved, to be copied.
+_SOLVED: dict[str, Any] = {}
 # One of every kind: attention and feed-forward, GELU, concatenated input, modulation (W4A16), a 16-bit embedder.
 LAYERS = (
     "x_embedder",
@@ -37,9 +39,11 @@ def quantized_flux(dtype: torch.dtype = FP32, activations: str = "none", seed: i
     """A tiny FLUX, lively enough for what adapters change to show, quantized without data."""
     from standin_parts import lively
 
-    model = lively(tiny.transformer(seed)).to(dtype)
-    svdquant.quantize(model, tiny.config(**config))
-    return svdquant.set_activations(model, activations)
+    key = repr((dtype, seed, config))
+    if key not in _SOLVED:
+        _SOLVED[key] = lively(tiny.transformer(seed)).to(dtype)
+        svdquant.quantize(_SOLVED[key], tiny.config(**config))
+    return svdquant.set_activations(copy.deepcopy(_SOLVED[key]), activations)
 
 
 def quantized_pixart() -> tuple[Any, Callable[[Any], Tensor]]:

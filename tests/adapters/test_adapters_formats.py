@@ -234,13 +234,25 @@ def test_unknown_and_incomplete_groups():
         to_lora(whole)
     with pytest.raises(SVDQuantError, match=r"a\.lokr_w2 is missing"):
         to_lora({"a.lokr_w1": random(0, 2, 2)})
-    for leaf, kind in (("oft_blocks", "OFT"), ("hada_t1", "Tucker"), ("on_input", "IA")):
-        with pytest.raises(SVDQuantError, match=kind):
+    for leaf, said in (
+        ("oft_diag", "early form of OFT"),
+        ("oft_r", "early form of PEFT's OFT"),
+        ("boft_R", "PEFT's BOFT"),
+        ("lambda_layer", "T-LoRA"),
+        ("set_weight", "take it as a difference"),
+    ):
+        with pytest.raises(SVDQuantError, match=said):
             to_lora({f"a.{leaf}": random(0, 2, 2)})
-    with pytest.raises(SVDQuantError, match=r"convolution"):
-        to_lora({"a.lokr_w1": random(0, 2, 2), "a.lokr_w2": random(0, 2, 2, 3, 3)})
-    with pytest.raises(SVDQuantError, match=r"a\.dora_scale: is unknown"):
-        to_lora(whole | {"a.hada_w2_b": random(3, 2, 8), "a.dora_scale": random(4, 8, 1)})
+    with pytest.raises(SVDQuantError, match=r"a\.hada_w1_a is missing"):
+        to_lora({"a.hada_t1": random(0, 2, 2, 3, 3)})
+    with pytest.raises(SVDQuantError, match=r"a\.lora_up\.weight is missing"):
+        to_lora({"a.lora_mid.weight": random(0, 2, 2, 3, 3), "a.lora_down.weight": random(0, 2, 4, 1, 1)})
+    with pytest.raises(SVDQuantError, match=r"a\.other: is unknown"):
+        to_lora(whole | {"a.hada_w2_b": random(3, 2, 8), "a.other": random(4, 8, 1)})
+    with pytest.raises(SVDQuantError, match=r"a: its tensors do not fit together \(hada_w1_a \[8, 2\]"):
+        to_lora(whole | {"a.hada_w2_b": random(3, 3, 8)})
+    with pytest.raises(SVDQuantError, match=r"a\.hada_w2_b: holds numbers that are not finite"):
+        to_lora(whole | {"a.hada_w2_b": random(3, 2, 8) / 0})
 
 
 def test_adapters_of_other_models(pipe):

@@ -12,7 +12,7 @@ import torch
 
 from svdquant.bench.cases import LinearCase, Shape, linear_case, parse_shape
 from svdquant.bench.device import CPU
-from svdquant.bench.layers import run_layer, run_layers
+from svdquant.bench.layers import parts, run_layer, run_layers
 from svdquant.bench.ours import OurLayer, Variant, solve, variants
 from svdquant.bench.peers import PEERS, choose_peers
 from svdquant.bench.peers.base import Peer
@@ -91,9 +91,23 @@ def test_ratios_and_bytes(case: Case) -> None:
     first, second = (case.row(f"ours W4A8 rank {rank}").samples_ms for rank in (16, 0))
     expected = [1 - b / a for a, b in zip(first, second, strict=True)]
     assert case.shares["low-rank branch"].median == pytest.approx(np.median(expected))
+    assert list(case.shares) == ["low-rank branch", "quantizing the input", "new memory for the output"]
     # 4-bit codes, a scale per 64, smoothing, branch and bias.
     k, n = SHAPE.k, SHAPE.n
     assert case.row("ours W4A8 rank 16").bytes == n * k // 2 + 2 * (n * k // 64 + k + 16 * (k + n) + n)
+
+
+@torch.inference_mode()
+def test_parts_are_the_same_product() -> None:
+    """Only quantizing and new memory may be missing in them."""
+    data = linear_case(SHAPE, torch.bfloat16, 1)
+    layer = OurLayer(variants(SHAPE, 16)[0])
+    layer.prepare(data)
+    known, kept = (part.calls[0] for part in parts(layer, data, itertools.repeat(data.x)))
+    expected = layer(data.x)
+    assert torch.equal(known(), expected)
+    first = kept()
+    assert torch.equal(first, expected) and kept().data_ptr() == first.data_ptr()
 
 
 def test_the_error_of_a_known_product(case: Case) -> None:
@@ -138,6 +152,7 @@ def test_no_layer_finds_its_input_quantized(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(OurLayer, "__call__", seen)
     monkeypatch.setattr(OurLayer, "prepare", lambda *_: None)
     monkeypatch.setattr(OurLayer, "bytes", 1)
+    monkeypatch.setattr("svdquant.bench.layers.parts", lambda *_: [])  # one of them is to find it quantized
     run_layer(SHAPE, Settings([SHAPE], rounds=4, rank=16, sample_seconds=0.001), CPU(), lambda *_: None)
     timed = read[2 * len(variants(SHAPE, 16)) :]
     assert len(timed) > 50 and all(a != b for a, b in itertools.pairwise(timed))

@@ -101,6 +101,19 @@ def test_inspect(command: Callable, adapters: tuple[Path, Path], tmp_path: Path)
     save_file(loha, tmp_path / "loha.safetensors")
     info = json.loads(command("lora", "inspect", tmp_path / "loha.safetensors", "--json").out)
     assert info["kind"] == "LoHa" and info["modules"] == 1 and info["ranks"] == {"3": 1}
+    for kind, group, ranks, extras in (
+        ("GLoRA", {"a1.weight": (9, 2), "a2.weight": (2, 9), "b1.weight": (8, 2), "b2.weight": (2, 9)}, {"2": 1}, {}),
+        ("OFT", {"oft_blocks": (2, 4, 4), "rescale": (8, 1), "alpha": ()}, {}, {"rescale": 1}),
+        ("OFT", {"oft_R.weight": (2, 6)}, {}, {}),
+        ("(IA)³", {"weight": (8,), "on_input": ()}, {}, {}),
+        ("difference", {"diff": (8, 9), "diff_b": (8,)}, {}, {"diff_b": 1}),
+    ):
+        state = {f"lycoris_{name}.{leaf}": torch.ones(shape) for name in "ab" for leaf, shape in group.items()}
+        save_file(state, tmp_path / "kind.safetensors")
+        info = json.loads(command("lora", "inspect", tmp_path / "kind.safetensors", "--json").out)
+        assert (info["kind"], info["modules"]) == (kind, 2)
+        assert info["ranks"] == {rank: 2 * n for rank, n in ranks.items()}
+        assert info["extras"] == {leaf: 2 * n for leaf, n in extras.items()}
 
 
 def test_inspect_what_is_no_adapter(command: Callable, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def blocks():
 
 def planned():
     with torch.device("meta"):
-        model = diffusers.QwenImage21Transformer2DModel().bfloat16()
+        model = diffusers.Krea2Transformer2DModel().bfloat16()
     return model, make_plan(model, SVDQuantConfig())
 
 
@@ -30,14 +30,17 @@ def test_the_example(blocks, monkeypatch):
     source, row = blocks
     assert len(source.splitlines()) < 40
     _, before = planned()
-    module = types.ModuleType("svdquant.families.qwen_image21")
+    module = types.ModuleType("svdquant.families.krea2")
     module.__package__ = "svdquant.families"
     exec(compile(source, str(DOCUMENT), "exec"), module.__dict__)
     monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, module.FAMILY))
     model, after = planned()
 
     expected = eval(row, vars(test_family_plans))
-    for made, family, traced, groups in ((before, "generic", False, 160), (after, expected.family, True, 128)):
-        assert (made.family, made.traced, len(made.groups)) == (family, traced, groups)
-        assert f"({family}): 224 of 232 linears in {groups} groups" in DOCUMENT.read_text()
+    for made, family, quantized, groups in ((before, "generic", 256, 128), (after, expected.family, 224, 112)):
+        assert (made.family, made.traced, len(made.groups)) == (family, True, groups)
+        assert f"({family}): {quantized} of 264 linears in {groups} groups" in DOCUMENT.read_text()
+    # Its own inputs tell what guessed ones do.
+    same = {name for name, layer in after.layers.items() if layer == before.layers[name]}
+    assert same == {name for name in after.layers if not name.startswith("text_fusion.") or name.endswith("projector")}
     test_family_plans.check(expected, model, after)

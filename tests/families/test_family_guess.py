@@ -12,7 +12,8 @@ from torch import nn
 from svdquant import SVDQuantConfig
 from svdquant.families import guess
 from svdquant.families.candidates import ABSENT, candidates
-from svdquant.ptq.plan import find_linears, make_plan
+from svdquant.ptq.linears import find_linears
+from svdquant.ptq.plan import make_plan
 
 DEPTH = re.compile(r"(^|_)(layers|blocks)$|^layers_per_block$")
 DENOISERS = [
@@ -20,8 +21,38 @@ DENOISERS = [
     for name in dir(diffusers)
     if (("Transformer" in name and "Model" in name) or "UNet" in name) and isinstance(getattr(diffusers, name), type)
 ]
-# Of those that can be built by default, the ones that no guess fits are planned by names.
-TRACED_AT_LEAST = 52
+# Planned by names, because their forward does not run without values, or not here: why.
+UNTRACED = {
+    "AnyFlowFARTransformer3DModel": "flex attention, which compiles itself",
+    "CosmosTransformer3DModel": "needs torchvision, where that is not installed",
+    "Kandinsky6SRTransformer3DModel": "flex attention, which compiles itself",
+}
+
+
+# Classes without defaults, or with such as fit no published model.
+FIELDS = {
+    "DreamLiteTransformer2DModel": {"in_channels": 64, "cross_attention_dim": 128},
+    "EasyAnimateTransformer3DModel": {"in_channels": 16, "out_channels": 16, "patch_size": 2},
+    "HiDreamImageTransformer2DModel": {
+        "patch_size": 2, "in_channels": 16, "caption_channels": [4096, 2048], "llama_layers": [0, 1, 1, 1],
+        "axes_dims_rope": (64, 32, 32),
+    },
+    "HunyuanVideoFramepackTransformer3DModel": {
+        "has_image_proj": True, "image_proj_dim": 1152, "has_clean_x_embedder": True,
+    },
+    "Kandinsky3UNet": {"layers_per_block": 3},
+    "LatteTransformer3DModel": {
+        "in_channels": 4, "patch_size": 2, "caption_channels": 4096, "norm_type": "ada_norm_single",
+        "cross_attention_dim": 1408, "norm_elementwise_affine": False,
+    },
+    "OmniGenTransformer2DModel": {
+        "rope_scaling": {"type": "su", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48},
+    },
+    "Transformer2DModel": {"in_channels": 64, "cross_attention_dim": 128},
+    "TransformerTemporalModel": {"in_channels": 64, "cross_attention_dim": 128},
+    "UNet1DModel": {"extra_in_channels": 64},
+    "WanVACETransformer3DModel": {"vace_layers": [0]},
+}  # fmt: skip
 
 
 def built(name):
@@ -30,11 +61,9 @@ def built(name):
     defaults = {key: p.default for key, p in inspect.signature(cls.__init__).parameters.items()}
     deep = {key: value for key, value in defaults.items() if DEPTH.search(key) and isinstance(value, int)}
     shallow = {key: 1 if key == "layers_per_block" else min(value, 2) for key, value in deep.items()}
-    if name == "WanVACETransformer3DModel":
-        shallow["vace_layers"] = [0]
     with torch.device("meta"):
         try:
-            return cls(**shallow)
+            return cls(**shallow | FIELDS.get(name, {}))
         except (TypeError, ValueError):
             return None
 
@@ -56,8 +85,8 @@ def test_every_denoiser_of_diffusers_is_planned():
             assert quantized > 0 and made.bytes_after < made.bytes_before, name
     finally:
         logging.disable(logging.NOTSET)
-    assert len(traced) >= TRACED_AT_LEAST, f"planned by names alone: {untraced}"
-    assert len(unbuilt) <= 8, unbuilt
+    assert set(untraced) <= UNTRACED.keys() and not unbuilt, (untraced, unbuilt)
+    assert len(traced) >= 68
 
 
 def test_the_weights_are_neither_read_nor_moved():

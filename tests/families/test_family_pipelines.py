@@ -24,7 +24,7 @@ from svdquant.integrations import calibration
 from svdquant.integrations.on_disk import quantize_pipeline
 from svdquant.integrations.pipeline import PipelineOptions, draw, load_pipeline
 from svdquant.nn import quantized_layers
-from svdquant.ptq.plan import find_linears
+from svdquant.ptq.linears import find_linears
 
 QUICK = {"smooth": 2, "calibration_rows": 64}
 # Their denoisers have the layers of another pipeline's.

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from svdquant import SVDQuantConfig
-from svdquant.ptq.plan import find_linears, make_plan
+from svdquant.ptq.linears import find_linears
+from svdquant.ptq.plan import make_plan
 
 CONFIGS = Path(__file__).parent / "configs"
 OUTSIDE, SHARED = "embedding, final norm or projection", "modulation shared by all blocks"

@@ -1,8 +1,4 @@
-"""FLUX.1's blocks by a GPU's kernels: what is computed together equals what is computed apart.
-
-The kernels themselves run in the interpreter where a test says `interpreted`; the others put plain torch in their
-place, because what is tested there is who is asked to compute what.
-"""
+"""FLUX.1's blocks by a GPU's kernels: what is computed together equals what is computed apart."""
 
 from __future__ import annotations
 
@@ -12,21 +8,16 @@ from typing import Any
 import pytest
 import tiny
 import torch
-import torch.nn.functional as F
+from fused_cases import needs_interpreter
 from test_fused_flux import BLOCKS, arguments, error, plain, randomize_norms, run
 from torch import nn
 
 import svdquant
 from svdquant.families import fused
 from svdquant.families.fused.inputs import alike, reading_key
-from svdquant.kernels import fused as definitions
-from svdquant.kernels import gpu, reference
-from svdquant.kernels.gpu import linear
 from svdquant.nn import SVDQuantLinear
 
-pytestmark = pytest.mark.skipif(
-    gpu.missing() is not None or not gpu.interpreting(), reason="needs triton, and TRITON_INTERPRET=1"
-)
+pytestmark = needs_interpreter
 TOGETHER = ("multiply", (3, False, True))
 
 
@@ -46,53 +37,7 @@ def interpreted(quantized, monkeypatch) -> Any:
 
 
 @pytest.fixture
-def launched(monkeypatch) -> list[tuple[str, Any]]:
-    """(kernel, what it was given) of every launch."""
-    seen: list[tuple[str, Any]] = []
-    quantize, multiply = linear.launch_quantize, linear.launch_multiply
-
-    def count_quantize(x, t, activations, before, second, low_scales):
-        seen.append(("quantize", (before.kind, second is not None)))
-        return quantize(x, t, activations, before, second, low_scales)
-
-    def count_multiply(p, layers, out, epilogue):
-        seen.append(("multiply", (len(layers), epilogue.gelu, epilogue.norm is not None)))
-        return multiply(p, layers, out, epilogue)
-
-    monkeypatch.setattr(linear, "launch_quantize", count_quantize)
-    monkeypatch.setattr(linear, "launch_multiply", count_multiply)
-    return seen
-
-
-@pytest.fixture
-def model(interpreted, monkeypatch, launched) -> Any:
-    """Kernels replaced by torch: codes are the input itself, which the reference then multiplies."""
-
-    def quantize(x, t, activations, before, second, low_scales):
-        launched.append(("quantize", (before.kind, second is not None)))
-        if before.kind == "layer_norm":
-            y = F.layer_norm(x.float(), x.shape[-1:], eps=before.eps)
-            x = (y * (1 + before.scale.float())[:, None] + before.shift.float()[:, None]).to(x.dtype)
-        whole = x if second is None else torch.cat([x, second], -1)
-        return whole.flatten(0, 1), whole.new_ones(1), None
-
-    def multiply(p, layers, out, epilogue):
-        launched.append(("multiply", (len(layers), epilogue.gelu, epilogue.norm is not None)))
-        norm = epilogue.norm
-        parts = []
-        for i, t in enumerate(layers):
-            y = reference.svdquant_linear(p.codes, t, p.activations, torch.float32).unflatten(0, (p.batch, -1)).float()
-            if norm is not None and i < len(norm.weights):
-                heads = y.unflatten(-1, (-1, norm.head))
-                z = definitions.norm_rotate(heads, norm.weights[i], norm.eps, (norm.cosine, norm.sine))
-                y = z.flatten(2)
-            parts.append(F.gelu(y, approximate="tanh") if epilogue.gelu else y)
-        out.copy_(torch.cat(parts, -1))
-
-    monkeypatch.setattr(linear, "launch_quantize", quantize)
-    monkeypatch.setattr(linear, "launch_multiply", multiply)
-    monkeypatch.setattr(gpu, "supports_weight_only", lambda *args: False)
-    monkeypatch.setattr(definitions, "_kernels", lambda *args: None)
+def model(interpreted, replaced) -> Any:
     return interpreted
 
 

@@ -16,8 +16,9 @@ from svdquant.cli.main import app
 from svdquant.families import family_of
 from svdquant.integrations.components import planned_config, text_config
 from svdquant.integrations.skeletons import skeleton
+from svdquant.ptq.example import trace_model
 from svdquant.ptq.leftovers import EMBEDDING, NORM, find_leftovers
-from svdquant.ptq.plan import Plan, make_plan, trace_model
+from svdquant.ptq.plan import Plan, make_plan
 
 CONFIGS = Path(__file__).parent / "configs" / "text"
 VISION, ENDS = "vision-language model keeps it", "embedding, final norm or projection"

@@ -369,10 +369,10 @@ def test_models_without_example_inputs_are_traced_once(
     Nor do they for some layers of a model of which example inputs reach the others.
     """
     quantize_pipeline(source, tmp_path / "known", config(), prompts=PROMPTS, options=OPTIONS)
-    example_traces = plan._example_traces
+    example_traces = plan.example_traces
     monkeypatch.setattr(
         plan,
-        "_example_traces",
+        "example_traces",
         lambda *a: {n: t for n, t in example_traces(*a).items() if "ff" not in n and "mlp" not in n},
     )
     traced = []

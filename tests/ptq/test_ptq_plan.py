@@ -8,7 +8,7 @@ from torch import nn
 from svdquant import SVDQuantConfig, SVDQuantError
 from svdquant.config import LayerSpec
 from svdquant.ptq import make_plan
-from svdquant.ptq.plan import trace_model
+from svdquant.ptq.example import trace_model
 
 CONFIG = SVDQuantConfig(rank=16)
 MODULATION = LayerSpec("w4a16", "int4", 64, 0, "none", (), False, False)

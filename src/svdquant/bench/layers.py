@@ -28,6 +28,7 @@ from .settings import Settings
 _COLD_BYTES = 256 << 20
 _MOST_COPIES = 12
 _REHEARSAL = Shape(16, 256, 256)
+_QUANTIZING, _OUTPUT = "quantizing the input", "new memory for the output"
 
 
 class Multiplier(Protocol):
@@ -90,7 +91,10 @@ def run_layer(shape: Shape, settings: Settings, device: Device, progress: Callab
         if row.reason:
             continue
         try:
-            contenders.append(_prepared(entry.make, row, data, device, inputs))
+            contender, multiplier = _prepared(entry.make, row, data, device, inputs)
+            contenders.append(contender)
+            if entry is entries[0] and not shape.modulation:
+                contenders += parts(multiplier, data, inputs)
         except Exception as error:
             # Of others' code anything may be expected, and is reported; ours has to work.
             if entry.kind == OURS:
@@ -107,16 +111,30 @@ def run_layer(shape: Shape, settings: Settings, device: Device, progress: Callab
             row.set_times(seconds[row.contender], seconds.get(BASELINE.name))
             held = row.bytes if row.bytes is not None else row.resident_bytes
             row.bytes_ratio = held / dense if held is not None and dense else None
-    if not shape.modulation and settings.rank:
-        with_branch, without = (seconds[v.name] for v in ours[:2])
-        case.shares["low-rank branch"] = Spread.of(shares(with_branch, without))
+    if not shape.modulation:
+        whole = seconds[ours[0].name]
+        without = {part: seconds[part] for part in (_QUANTIZING, _OUTPUT) if part in seconds}
+        if settings.rank:
+            without = {"low-rank branch": seconds[ours[1].name], **without}
+        case.shares.update({part: Spread.of(shares(whole, rest)) for part, rest in without.items()})
     return case
+
+
+def parts(multiplier: OurLayer, data: LinearCase, inputs: Iterator[Tensor]) -> list[Contender]:
+    """The layer without what can be left out of it: an input that it has quantized before, an output in memory that
+    the process has already been given."""
+    kept = data.x.new_empty(data.x.shape[0], data.shape.n).fill_(0)
+
+    def into_kept() -> Tensor:
+        return multiplier(next(inputs), out=kept)
+
+    return [Contender(_QUANTIZING, [partial(multiplier, data.x)]), Contender(_OUTPUT, [into_kept])]
 
 
 def _prepared(
     make: Callable[[], Any], row: Row, data: LinearCase, device: Device, inputs: Iterator[Tensor]
-) -> Contender:
-    """Prepares a contender and fills in what one call tells: error, bytes, scratch.
+) -> tuple[Contender, Any]:
+    """Prepares a contender and fills in what one call tells: error, bytes, scratch. Returns what multiplies, too.
 
     inputs: what our layers read in turn, so that none finds its input already quantized by the call before.
     """
@@ -156,8 +174,8 @@ def _prepared(
         multipliers += [multiplier.copy(data) for _ in range(copies - 1)]
     row.more["copies"] = len(multipliers)
     if ours:
-        return Contender(row.contender, [partial(_next_input, m, inputs) for m in multipliers])
-    return Contender(row.contender, [partial(m, x) for m in multipliers])
+        return Contender(row.contender, [partial(_next_input, m, inputs) for m in multipliers]), multiplier
+    return Contender(row.contender, [partial(m, x) for m in multipliers]), multiplier
 
 
 def _one_call(multiplier: Multiplier, x: Tensor, ours: bool, device: Device) -> tuple[Tensor, int | None]:

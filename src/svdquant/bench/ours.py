@@ -85,9 +85,9 @@ class OurLayer:
     def input(self, case: LinearCase) -> Tensor:
         return case.x
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         assert self.layer is not None
-        return self.layer(x)
+        return self.layer(x) if out is None else self.layer(x, out=out)
 
     @property
     def bytes(self) -> int | None:

@@ -32,7 +32,7 @@ ACCESS = (
 def looks_like_hub_id(path: str | Path) -> bool:
     """Whether a path that does not exist could be "owner/name"."""
     name = str(path)
-    if not _HUB_ID.fullmatch(name) or name.endswith((*_WEIGHTS, ".json", *PICKLES)):
+    if not _HUB_ID.fullmatch(name) or name.lower().endswith((*_WEIGHTS, ".json", *PICKLES)):
         return False
     return not _exists(Path(path))
 
@@ -45,7 +45,7 @@ def looks_like_hub_file(path: str | Path) -> bool:
     match = _HUB_FILE.fullmatch(str(path))
     return (
         match is not None
-        and match[3].endswith((*_WEIGHTS, *PICKLES))
+        and match[3].lower().endswith((*_WEIGHTS, *PICKLES))
         and not _exists(Path(path))
         and not _exists(Path(path).parent)
     )

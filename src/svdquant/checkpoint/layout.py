@@ -60,13 +60,14 @@ def open_checkpoint(path: str | Path, component: str | None = None) -> Checkpoin
         has_index = is_dir and (path / "model_index.json").is_file()
     except OSError as error:
         raise SVDQuantError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-    if path.suffix in PICKLES:
+    suffix = path.suffix.lower()
+    if suffix in PICKLES:
         raise SVDQuantError(f"{path}: pickle files can run code; convert to safetensors")
-    if path.suffix == ".gguf":
+    if suffix == ".gguf":
         raise SVDQuantError(
             f"{path}: GGUF holds quantized weights; give the .safetensors of the model in 16 bits or fp8"
         )
-    if is_file and path.suffix in (".safetensors", ".sft"):
+    if is_file and suffix in (".safetensors", ".sft"):
         return _single_file(path)
     if is_file and path.name.endswith(".safetensors.index.json"):
         files, tensors, metadata = _shards(path)

@@ -8,93 +8,54 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-FRAMES, SIDE, TEXT = 1, 4, 8
-TOKENS = FRAMES * SIDE * SIDE
+from .latents import context, earlier, face, latents, pose
+from .shapes import FRAMES, SIDE, TEXT, TOKENS, Maker, Shapes, meta
+
 ABSENT = object()
 """Stands for a parameter that is not given."""
+
+
+@dataclass(frozen=True)
+class Same:
+    """Stands for what another parameter is given."""
+
+    name: str
+
 
 # Widths of text embeddings go by many names; the first that a configuration has is the likeliest.
 _TEXT_WIDTHS = (
     "joint_attention_dim", "caption_channels", "cross_attention_dim", "text_embed", "cap_feat", "text_dim",
-    "text_hidden", "encoder_hid", "text", "context", "cross", "cap", "llm", "condition_dim",
+    "text_hidden", "encoder_hid", "text", "context", "cross", "cap", "llm", "condition_dim", "^hidden_size$",
 )  # fmt: skip
 # Given even where `forward` could do without.
 _WANTED = {
     "timestep", "encoder_hidden_states", "encoder_hidden_states_2", "encoder_hidden_states_image",
     "image_embeds", "image_embeddings", "pooled_projections", "img_ids", "txt_ids", "img_shapes", "shape_list",
     "num_frames", "height", "width", "guidance", "added_cond_kwargs", "control_hidden_states", "controlnet_cond",
-    "text_encoder_layers", "encoder_attention_mask_2",
+    "text_encoder_layers", "encoder_attention_mask_2", "pose_hidden_states", "face_pixel_values", "padding_mask",
+    "latents_clean", "latents_history_2x", "latents_history_4x", "indices_latents_clean", "indices_latents_history_2x",
+    "indices_latents_history_4x", "offset_grid_sizes",
 }  # fmt: skip
 
 
-class Shapes:
-    """What a configuration tells about the inputs of `forward`. parameters: the names that it takes."""
-
-    def __init__(self, model: nn.Module, parameters: set[str]) -> None:
-        config: Any = model.config
-        self.config: dict[str, Any] = dict(config)
-        self.model, self.parameters = model, parameters
-        patch = self.config.get("patch_size")
-        sizes = list(patch) if isinstance(patch, (tuple, list)) else [patch or 1]
-        self.patch = int(sizes[-1])
-        self.patch_t = int(sizes[0]) if len(sizes) == 3 else int(self.config.get("patch_size_t") or 1)
-
-    def widths(self, *patterns: str) -> list[int]:
-        """Whole numbers of the configuration whose names match, those of the first pattern first, once each."""
-        found: dict[int, None] = {}
-        for pattern in patterns:
-            for key, value in self.config.items():
-                for one in value if isinstance(value, (tuple, list)) else (value,):
-                    if re.search(pattern, key) and isinstance(one, int) and not isinstance(one, bool) and one > 0:
-                        found[one] = None
-        return list(found)
+def _cache(s: Shapes) -> Iterator[Any]:
+    """An empty one of the class that `forward` names, with a place for every layer."""
+    kind = s.kinds.get("kv_cache")
+    if "kv_cache" in s.required and isinstance(kind, type):
+        yield from (kind(layers) for layers in s.widths("num_layers"))
 
 
-Maker = Callable[[Shapes], Iterator[Any]]
-
-
-def meta(*shape: int) -> Tensor:
-    return torch.zeros(shape, device="meta")
-
-
-def _latents(s: Shapes) -> Iterator[Any]:
-    visual = s.widths("in_visual_dim")
-    channels = s.widths("^in_channels$", "in_channels", "in_visual_dim", "in_dim", "^out_channels$")[:2] or [4]
-    # Beside the noise a picture and its mask.
-    channels += [2 * c + 1 for c in visual]
-    side, frames = SIDE * s.patch, FRAMES * s.patch_t
-    listed = [meta(channels[0], frames, side, side)]
-    if "cap_feats" in s.parameters:
-        yield listed
-    sides = [SIDE * 16 if "sample" in s.parameters else side]
-    sides += [x for x in s.widths("^sample_size$", "sample_height", "image_size", "input_size") if x not in sides][:1]
-    for c in channels:
-        for layout in _layouts(s):
-            for size in sides:
-                lengths = {"N": 1, "C": c, "F": frames, "H": size, "W": size, "L": TOKENS}
-                yield meta(*(lengths[axis] for axis in layout))
-    yield listed
-    yield meta(1, TOKENS, channels[0], s.patch_t, s.patch, s.patch)
-
-
-def _layouts(s: Shapes) -> tuple[str, ...]:
-    """Orders of batch, channels, frames, rows, columns, or of batch, channels and tokens (L)."""
-    name = type(s.model).__name__
-    if "1D" in name:
-        return ("NLC", "NCL", "NCHW")
-    if s.parameters & {"img_ids", "img_shapes", "height", "target_timestep"}:
-        return ("NLC", "NCHW", "NCFHW")
-    if "Temporal" in name or "VGen" in name:
-        return ("NFCHW", "NCFHW")
-    if "3D" in name or "Video" in name or "Motion" in name or s.patch_t > 1:
-        return ("NCFHW", "NFCHW", "NLC", "NFHWC", "NCHW")
-    return ("NCHW", "NCFHW", "NLC", "NFHWC")
+def _cache_mode(s: Shapes) -> Iterator[Any]:
+    """What fills a cache, where there has to be one."""
+    if "kv_cache_mode" in s.required:
+        yield "extract"
 
 
 def _text(s: Shapes) -> Iterator[Any]:
@@ -105,8 +66,13 @@ def _text(s: Shapes) -> Iterator[Any]:
             yield meta(1, length, width)
     for layers in s.widths("num_text_layers"):
         yield meta(1, TEXT, layers, widths[0])
+    if layers_read := s.config.get("injection_layer_ids"):
+        yield meta(1, 1 + len(layers_read), TEXT, widths[0])
     for width in widths:
         yield [meta(TEXT, width)]
+    # As long as what it goes with; with an axis for several texts.
+    yield meta(1, TOKENS, widths[0])
+    yield meta(1, 1, TEXT, widths[0])
 
 
 def _text_layers(s: Shapes) -> Iterator[Any]:
@@ -114,12 +80,26 @@ def _text_layers(s: Shapes) -> Iterator[Any]:
         yield [meta(1, TEXT, width) for _ in range(sum(s.widths("num_layers") + s.widths("num_single_layers")))]
 
 
+def _llama_layers(s: Shapes) -> Iterator[Any]:
+    """What every layer of a language model says; the configuration lists those that are read, and the width last."""
+    for width in s.widths("^caption_channels$")[-1:]:
+        yield meta(1 + max(s.config.get("llama_layers") or [0]), 1, TEXT, width)
+
+
 def _timestep(_s: Shapes) -> Iterator[Any]:
     yield torch.ones(1)
     yield torch.ones(1, dtype=torch.int64)
     yield torch.ones(1, TOKENS)
     yield torch.ones(1, FRAMES)
+    yield torch.ones(1, 1, FRAMES)
     yield 1
+
+
+def _second_timestep(s: Shapes) -> Iterator[Any]:
+    """Of a step from one time to another."""
+    if "timestep" in s.parameters:
+        yield Same("timestep")
+    yield from _timestep(s)
 
 
 def _guidance(s: Shapes) -> Iterator[Any]:
@@ -143,12 +123,35 @@ def _ids(count: int) -> Maker:
     return make
 
 
-def _positions(_s: Shapes) -> Iterator[Any]:
+def _positions(s: Shapes) -> Iterator[Any]:
+    if "video_indices" in s.parameters:
+        yield torch.zeros(PACKED, 3)
     for count in (TEXT + TOKENS, TOKENS):
         for axes in (3, 4):
             yield torch.zeros(count, axes)
             yield torch.zeros(1, count, axes)
         yield torch.zeros(1, count, dtype=torch.int64)
+    # With a token for the time.
+    yield torch.zeros(1, TEXT + 1 + TOKENS, dtype=torch.int64)
+
+
+# Picture, sound and text in one sequence.
+PACKED = TOKENS + TOKENS + TEXT
+
+
+def _packed() -> Maker:
+    return _values(torch.zeros(PACKED, dtype=torch.int64))
+
+
+def _roles() -> Maker:
+    """Of tokens that are text or picture: all alike."""
+    return _values(torch.ones(1, TOKENS, dtype=torch.int64))
+
+
+def _places(s: Shapes) -> Iterator[Any]:
+    """Which places of a sequence stand for pictures: all tokens, or 2 × 2 of them each, after the text."""
+    yield from _mask(TOKENS)(s)
+    yield torch.arange(TEXT + TOKENS // 4)[None] >= TEXT
 
 
 def _mask(count: int) -> Maker:
@@ -170,14 +173,17 @@ def _added(s: Shapes) -> Iterator[Any]:
 
 
 def _rotary(s: Shapes) -> Iterator[Any]:
-    for width in s.widths("attention_head_dim", "head_dim")[:2]:
+    widths = s.widths("attention_head_dim", "head_dim")[:2]
+    # Of all heads together.
+    widths += [heads * width for heads in s.widths("^num_attention_heads$")[:1] for width in widths[:1]]
+    for width in widths:
         for count in (TOKENS, TEXT + TOKENS):
             yield torch.ones(count, width), torch.zeros(count, width)
 
 
 def _control(s: Shapes) -> Iterator[Any]:
     for channels in s.widths("vace_in_channels", "control"):
-        yield meta(1, channels, FRAMES * s.patch_t, SIDE * s.patch, SIDE * s.patch)
+        yield meta(1, channels, FRAMES * s.patch_t, s.side, s.side)
 
 
 def _wide(count: int, *patterns: str) -> Maker:
@@ -186,7 +192,23 @@ def _wide(count: int, *patterns: str) -> Maker:
 
 
 def _size(s: Shapes) -> Iterator[Any]:
-    yield torch.full((1, 2), float(SIDE * s.patch))
+    yield torch.full((1, 2), float(s.side))
+
+
+def _image_tokens(s: Shapes) -> Iterator[Any]:
+    """Of CLIP: as wide as the configuration says, else as what first reads them."""
+    widths = s.widths("^image_dim")
+    for name, module in s.model.named_modules():
+        if isinstance(module, nn.LayerNorm) and re.match(r"(img|image)_emb", name):
+            widths.append(int(module.normalized_shape[0]))
+    yield from (meta(1, 257, width) for width in widths[:1])
+
+
+def _any_mask(s: Shapes) -> Iterator[Any]:
+    """Of the text; of all tokens and the time with one another where they are one sequence."""
+    if "input_ids" in s.parameters:
+        yield torch.ones(1, TEXT + 1 + TOKENS, TEXT + 1 + TOKENS)
+    yield from _mask(TEXT)(s)
 
 
 def _values(*values: Any) -> Maker:
@@ -195,28 +217,55 @@ def _values(*values: Any) -> Maker:
 
 _GRIDS = _values([[(FRAMES, SIDE, SIDE)]], [(FRAMES, SIDE, SIDE)])
 _MAKERS: dict[str, Maker] = {
-    **dict.fromkeys(("hidden_states", "sample", "x", "image_latents"), _latents),
+    **dict.fromkeys(("hidden_states", "sample", "x", "image_latents"), latents),
     **dict.fromkeys(("encoder_hidden_states", "text_bth", "cap_feats"), _text),
-    **dict.fromkeys(("timestep", "t", "timestep_r", "r_timestep", "timestep_ratio", "sigma"), _timestep),
+    **dict.fromkeys(("timestep", "timesteps", "t", "timestep_ratio", "sigma"), _timestep),
+    **dict.fromkeys(("timestep_r", "r_timestep"), _second_timestep),
     **dict.fromkeys(("pooled_projections", "clip_text_pooled"), _pooled),
     **dict.fromkeys(("original_size", "target_size", "crop_coords"), _size),
     **dict.fromkeys(("image_rotary_emb", "video_rotary_emb"), _rotary),
     **dict.fromkeys(("img_shapes", "shape_list"), _GRIDS),
-    **dict.fromkeys(
-        ("encoder_attention_mask", "encoder_attention_mask_2", "encoder_hidden_states_mask", "attention_mask"),
-        _mask(TEXT),
-    ),
-    "img_mask": _mask(TOKENS),
+    **dict.fromkeys(("encoder_attention_mask", "encoder_attention_mask_2", "encoder_hidden_states_mask"), _mask(TEXT)),
+    "attention_mask": _any_mask,
+    "input_ids": _values(torch.zeros(1, TEXT, dtype=torch.int64)),
+    "input_img_latents": _values([]),
+    "input_image_sizes": _values({}),
+    "mask": _mask(TEXT),
+    "img_mask": _places,
+    **dict.fromkeys(("segment_ids", "indicator"), _roles()),
+    **dict.fromkeys(("timestep_indices", "token_tags"), _packed()),
+    "video_indices": _values(torch.arange(TOKENS)),
+    "audio_indices": _values(torch.arange(TOKENS, 2 * TOKENS)),
+    "text_indices": _values(torch.arange(2 * TOKENS, PACKED)),
+    **dict.fromkeys(("context_latents", "condition_latents"), context),
+    "pose_hidden_states": pose,
+    "face_pixel_values": face,
+    "latents_clean": earlier(1),
+    "latents_history_2x": earlier(2),
+    "latents_history_4x": earlier(16),
+    **dict.fromkeys(("indices_latents", "indices_latents_clean"), _values(torch.arange(FRAMES))),
+    "indices_latents_history_2x": _values(torch.arange(2)),
+    "indices_latents_history_4x": _values(torch.arange(16)),
+    "chunk_partition": _values([FRAMES]),
+    "kv_cache": _cache,
+    "kv_cache_mode": _cache_mode,
+    "seq_len": _values(TOKENS),
+    "offset_grid_sizes": _values(torch.tensor([[FRAMES, SIDE, SIDE]])),
+    "padding_mask": lambda s: iter([meta(1, 1, s.side, s.side)]),
     "img_ids": _ids(TOKENS),
     "txt_ids": _ids(TEXT),
     "position_ids": _positions,
     "guidance": _guidance,
     "encoder_hidden_states_1": _wide(TEXT, "cross_attention_dim"),
     "encoder_hidden_states_2": _wide(TEXT, "text_embed_2_dim", "text_embed_dim_2", "text"),
-    "encoder_hidden_states_image": _wide(257, "^image_dim"),
+    "encoder_hidden_states_image": _image_tokens,
     "image_embeds": _wide(16, "image_embed_dim", "image_proj", "image_dim"),
     "image_embeddings": _wide(0, "cross_attention_dim"),
     "text_encoder_layers": _text_layers,
+    "encoder_hidden_states_t5": _wide(TEXT, "^caption_channels$", "t5"),
+    "encoder_hidden_states_llama3": _llama_layers,
+    "pooled_embeds": _wide(0, "^text_emb_dim$", "pooled"),
+    "inpaint_latents": earlier(FRAMES),
     "text_lens": _values(torch.tensor([TEXT])),
     "audio_hidden_states": _wide(TOKENS, "audio_in_channels"),
     "audio_encoder_hidden_states": _wide(TEXT, "^caption_channels$", "audio_cross"),
@@ -240,7 +289,7 @@ _MAKERS: dict[str, Maker] = {
 def candidates(model: nn.Module) -> dict[str, list[Any]]:
     """Parameter of `forward` → what it may be, the likeliest first; `ABSENT` where it need not be given."""
     parameters = inspect.signature(type(model).forward).parameters
-    shapes = Shapes(model, set(parameters))
+    shapes = Shapes(model, parameters)
     found = {}
     for name, parameter in list(parameters.items())[1:]:
         made = list(_MAKERS[name](shapes)) if name in _MAKERS else []

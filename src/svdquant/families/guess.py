@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from .candidates import ABSENT, candidates
+from .candidates import ABSENT, Same, candidates
 
 MAX_TRIALS = 80
 # Calls of torch in all trials together: about five seconds. Counted, not timed, so that a slow machine plans the same.
@@ -71,7 +71,9 @@ class _Trials:
 
     def run(self, chosen: dict[str, int]) -> tuple[float, Exception | None]:
         """(calls of torch that the forward made, what it raised); infinitely many where it ran through."""
-        inputs = {name: self.values[name][i] for name, i in chosen.items() if self.values[name][i] is not ABSENT}
+        given = {name: self.values[name][i] for name, i in chosen.items()}
+        given |= {name: given[value.name] for name, value in given.items() if isinstance(value, Same)}
+        inputs = {name: value for name, value in given.items() if value is not ABSENT}
         count = _Masquerade(MAX_CALLS - self.calls)
         try:
             with warnings.catch_warnings(), count, _Valueless():
@@ -117,6 +119,8 @@ class _Valueless(TorchDispatchMode):
         name = func._schema.name
         if name == "aten::_local_scalar_dense":
             return torch.ones((), dtype=args[0].dtype).item()
+        if name == "aten::bincount":
+            return torch.bincount(torch.ones(args[0].numel(), dtype=torch.int64))
         if name == "aten::nonzero":
             return torch.arange(args[0].numel(), device="meta")[:, None].repeat(1, args[0].ndim)
         if name == "aten::copy_" and not args[0].is_meta:

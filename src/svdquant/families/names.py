@@ -66,6 +66,8 @@ WAN = Family(
     shared=("condition_embedder.time_proj",),
 )
 LTX = Family("ltx", ("LTXVideoTransformer3DModel",), blocks=("transformer_blocks",), shared=("time_embed.linear",))
+# A few blocks that refine the text before all others read it: small, and what they lose every block loses.
+_REFINER = {"context_embedder.*": "refines the text for all blocks"}
 HUNYUAN_VIDEO = Family(
     "hunyuan-video",
     (
@@ -73,6 +75,7 @@ HUNYUAN_VIDEO = Family(
         "HunyuanVideo15Transformer3DModel",
         "HunyuanVideoFramepackTransformer3DModel",
     ),
-    keep={"context_embedder.*": "refines the text for all blocks"},
+    keep=_REFINER,
 )
-FAMILIES = (FLUX2, CHROMA, QWEN_IMAGE, Z_IMAGE, UNET, WAN, LTX, HUNYUAN_VIDEO)
+HUNYUAN_IMAGE = Family("hunyuan-image", ("HunyuanImageTransformer2DModel",), keep=_REFINER)
+FAMILIES = (FLUX2, CHROMA, QWEN_IMAGE, Z_IMAGE, UNET, WAN, LTX, HUNYUAN_VIDEO, HUNYUAN_IMAGE)

@@ -19,7 +19,28 @@ def module_names(model: nn.Module) -> dict[str, nn.Module]:
     return {name.replace(".base_layer", ""): m for name, m in model.named_modules() if ".lora_" not in name}
 
 
-def vectors(pipeline: Any, vectors: dict[str, Tensor], state: Any, start: str, end: str) -> dict[str, Tensor]:
+def converted(pipeline: Any, lora: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What diffusers' converters make of tensors, by the names that PEFT has for them."""
+    # The UNets' mixin needs to know how many blocks there are.
+    options = {"unet_config": pipeline.unet.config} if isinstance(getattr(pipeline, "unet", None), nn.Module) else {}
+    out = type(pipeline).lora_state_dict(lora, return_alphas=True, **options)
+    return with_peft_ends(out[0] if isinstance(out, tuple) else out)
+
+
+def with_peft_ends(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with PEFT's endings where all of a UNet's keys have those that diffusers had before."""
+    ends = (".lora.down.weight", ".lora.up.weight", ".lora_A.weight", ".lora_B.weight")
+    if not all(key.endswith(ends) for key in state if key.startswith("unet.") and "lora" in key):
+        return state
+    return {
+        key.replace(ends[0], ends[2]).replace(ends[1], ends[3]) if key.startswith("unet.") else key: value
+        for key, value in state.items()
+    }
+
+
+def vectors(
+    pipeline: Any, model: nn.Module, vectors: dict[str, Tensor], state: Any, start: str, end: str
+) -> dict[str, Tensor]:
     """One number per output of some modules, of a DoRA's magnitudes say, by the names that PEFT has for them.
 
     Whoever converts the names of a LoRA converts these: they go as the up-projection of a LoRA of rank 1.
@@ -33,10 +54,11 @@ def vectors(pipeline: Any, vectors: dict[str, Tensor], state: Any, start: str, e
         lora[f"{base}.lora_down.weight"] = torch.ones(1, down.shape[1])
         lora[f"{base}.lora_up.weight"] = value.reshape(-1, 1).float()
         lora[f"{base}.alpha"] = torch.tensor(1.0)
-    names = by_module(lora, module_names(denoisers(pipeline)[0]), start)
+    names = by_module(lora, module_names(model), start)
+    if names is None and pipeline is None:
+        raise SVDQuantError(f"{next(iter(vectors))}: belongs to no module of this {type(model).__name__}")
     if names is None:
-        out = type(pipeline).lora_state_dict(lora, return_alphas=True)
-        names = all_named(pipeline, out)[0]
+        names = all_named(pipeline, converted(pipeline, lora))
     return {
         key.replace(".lora_B.weight", f".{end}"): value[:, 0].contiguous()
         for key, value in names.items()
@@ -78,8 +100,6 @@ def take_differences(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Te
     """Parameter → what an adapter adds to it, of norms and of layers without a LoRA; names what nobody takes along."""
     taken = bias_differences(state)
     keys = [key for key, v in state.items() if key.endswith(DIFFERENCES) and key not in taken and bool(v.any())]
-    if not any(".lora_" in key or ".lokr_" in key or ".hada_" in key for key in state):
-        keys = []  # PEFT would have no layer to ask for its strength
     whole, left_out = differences.found_in(model, state, keys)
     if left_out:
         warnings.warn(

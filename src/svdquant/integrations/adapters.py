@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..checkpoint.header import read_header
 from ..errors import SVDQuantError
-from . import differences, pixart
-from .adapter_formats import kind_of, needs_conversion, to_lora
-from .adapter_names import by_module
-from .adapter_vectors import module_names, take_differences
+from . import pixart
+from .adapter_formats import kind_of
+from .adapter_prepare import finish, oft_terms, prepare
+from .adapter_vectors import with_biases
 from .lora_loading import check_lora, fetch_state
 from .requests import denoisers
 
@@ -151,21 +151,19 @@ def _load_into(model: Any, source: Any, name: str) -> None:
     """Without a pipeline that knows the names: they have to be the model's own."""
     from diffusers.loaders.peft import PeftAdapterMixin
 
-    state = dict(fetch_state(source)[0])
-    whole = take_differences(model, state)
-    state = {key: value for key, value in state.items() if key.rpartition(".")[2] not in differences.LEAVES}
-    if needs_conversion(state):
-        state = to_lora(state).state
     start = "transformer."
-    state = by_module(state, module_names(model), start) or state
+    prepared = prepare(model, dict(fetch_state(source)[0]), start, terms=oft_terms(source))
+    state = prepared.state | prepared.lora
     state = {k if k.startswith(start) else start + k.removeprefix("unet."): v for k, v in state.items()}
     bare = {k.removeprefix(start): v for k, v in state.items()}
     check_lora(model, bare, "these tensors" if isinstance(source, dict) else str(source))
+    if prepared.biases:
+        state |= with_biases(state, prepared.biases, {})
+    state |= prepared.magnitudes
     if not isinstance(model, PeftAdapterMixin):
         pixart.adopt(model)
     model.load_lora_adapter(state, adapter_name=name)
-    if whole:
-        differences.keep(model, name, whole)
+    finish(model, name, prepared)
 
 
 @dataclass
@@ -192,9 +190,12 @@ class AdapterInfo:
 
 
 _PAIR = re.compile(
-    r"\.?_?(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|down|up|hada_w[12]_[ab]|lokr_w[12](_[ab])?)(\.weight)?$"
+    r"\.?_?(lora_A|lora_B|lora_down|lora_mid|lora_up|lora\.down|lora\.up|down|up|hada_w[12]_[ab]|hada_t[12]"
+    r"|lokr_w[12](_[ab])?|lokr_t2|(?<=\.)[ab][12](?=\.weight)|oft_blocks(\.\d+)?|oft_R|on_input|diff)(\.weight)?$"
 )
-_LEAF_RANK = {"lora_A": 0, "lora_down": 0, "lora.down": 0, "down": 0, "hada_w1_b": 0, "lokr_w2_b": 0}
+_LEAF_RANK = {"lora_A": 0, "lora_down": 0, "lora.down": 0, "down": 0, "hada_w1_b": 0, "lokr_w2_b": 0, "a2": 0}
+# Tensors of a group that are no change of their own.
+_BESIDE = re.compile(r"(alpha|\.oft_R\.scaled_oft)$")
 
 
 def inspect_adapter(path: str | Path) -> AdapterInfo:
@@ -210,8 +211,10 @@ def inspect_adapter(path: str | Path) -> AdapterInfo:
     parts: Counter[str] = Counter()
     for name, info in tensors.items():
         found = _PAIR.search(name)
-        if not found:
-            if not name.endswith("alpha"):
+        if not found or (found[1] == "diff" and len(info.shape) < 2):
+            if name.endswith(".weight") and f"{name.removesuffix('.weight')}.on_input" in tensors:
+                continue
+            if not _BESIDE.search(name):
                 extras[name.rpartition(".")[2]] += 1
             continue
         module = name[: found.start()]
@@ -220,7 +223,8 @@ def inspect_adapter(path: str | Path) -> AdapterInfo:
             parts[_part(module)] += 1
         axis = _LEAF_RANK.get(found[1])
         if axis is not None and kind != "nunchaku":
-            ranks[info.shape[axis]] += 1
+            # GLoRA has had its matrices both ways round.
+            ranks[min(info.shape) if found[1] == "a2" else info.shape[axis]] += 1
         elif kind == "nunchaku" and found[1] == "lora_down":
             ranks[info.shape[1]] += 1
     if not modules:

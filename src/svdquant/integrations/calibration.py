@@ -13,11 +13,11 @@ from typing import Any
 import psutil
 import torch
 
-from ..checkpoint.layout import DENOISERS, Checkpoint
+from ..checkpoint.layout import DENOISERS, Checkpoint, read_json
 from ..checkpoint.skeleton import stored_dtype
 from .components import checkpoints_of
 from .conditions import read_picture
-from .drawing import calibration_note, draw_to_calibrate
+from .drawing import GENERATION_FIELDS, calibration_note, draw_to_calibrate, generation_defaults
 from .pipeline import PipelineOptions, host_memory_for, load_pipeline, pipeline_bytes
 
 # (stage, done, total, what is being worked on); stages: "calibrate", "solve", "write", and "note" for a remark.
@@ -26,6 +26,12 @@ StageProgress = Callable[[str, int, int, str], None]
 
 class _FirstStep(BaseException):
     """Not an `Exception`, so that a pipeline's own error handling lets it through."""
+
+
+def _scheduler(pipeline: Path) -> dict[str, Any]:
+    """How the pipeline's scheduler is set."""
+    file = pipeline / "scheduler" / "scheduler_config.json"
+    return read_json(file) if file.is_file() else {}
 
 
 class CalibrationDrawing:
@@ -49,12 +55,14 @@ class CalibrationDrawing:
         self._pipe: Any = None
 
     def key(self) -> list[Any]:
-        """What decides the pictures, but for the model."""
+        """What decides the pictures, but for the weights: prompts, options, and what the pipeline adds to them."""
         options = vars(self.options) | {"extra": {name: _told(value) for name, value in self.options.extra.items()}}
         for name in ("image", "mask_image"):
             if options[name] is not None:
                 options[name] = _told(read_picture(Path(options[name])))
-        return [self.prompts, options, self.seed]
+        own = generation_defaults(self.source)
+        defaults = {name: own[name] for name in GENERATION_FIELDS if name in own}
+        return [self.prompts, options, self.seed, defaults, _scheduler(self.source)]
 
     def _load_dtype(self) -> torch.dtype:
         return self.dtype or working_dtype(next(iter(checkpoints_of(self.source).values())))

@@ -20,6 +20,8 @@ from .sources import denoisers, pipeline_bytes
 TEXT_ENCODERS = ("none", "int4", "int8")
 # Of the pipeline's bytes in 16 bits: what a smaller encoder would save is not worth its error.
 SMALLEST_SHARE = 0.02
+# What a text encoder takes over from the pipeline's options; how its layers are stored is its own.
+_SHARED = ("gptq", "calibration_rows", "seed", "max_error", "keep_16bit_above")
 _WEIGHTS_ONLY: dict[str, Any] = {"activations": "none", "rank": 0, "smooth": False}
 
 
@@ -41,12 +43,12 @@ def component_config(config: SVDQuantConfig, library: str, part: str) -> SVDQuan
     """Of one component of a pipeline.
 
     A denoiser, or any other model of diffusers, has the pipeline's options with those of `components` in their place. A
-    text encoder begins with weights alone, whatever the denoiser gets.
+    text encoder begins with weights alone, whatever the denoiser gets; limits of a layer's error hold for both.
     """
     own = config.components.get(part, {})
     if library != "transformers":
         return replace(config, components={}, **own)
-    shared = {field: getattr(config, field) for field in ("gptq", "calibration_rows", "seed")}
+    shared = {field: getattr(config, field) for field in _SHARED}
     return text_config(**(shared | own))
 
 

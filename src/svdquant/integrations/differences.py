@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import SVDQuantError
 from . import switching
-from .adapter_names import resolved
+from .adapter_names import of_flux, resolved
 
 _KEPT = "_svdquant_differences"
 # Endings of a file's keys → the parameter that they change.
@@ -94,7 +94,10 @@ def _module_name(model: nn.Module, base: str, modules: dict[str, Any], flat: dic
         if match and (name := ours.format(match[1])) in modules:
             return name
     name = _by_converter(model, short)
-    return name if name in modules else None
+    if name in modules:
+        return name
+    parts = of_flux(base, modules)
+    return parts[0] if parts and len(parts) == 1 else None
 
 
 def _by_converter(model: nn.Module, base: str) -> str | None:
@@ -121,6 +124,12 @@ def keep(model: Any, adapter: str, differences: dict[str, Tensor]) -> None:
     refresh(model)
 
 
+def named(changes: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Differences under the names that a file has for them."""
+    leaves = {"weight": "diff", "bias": "diff_b"}
+    return {f"{name.rpartition('.')[0]}.{leaves[name.rpartition('.')[2]]}": value for name, value in changes.items()}
+
+
 def refresh(model: Any) -> None:
     """Makes the parameters what the adapters' present strengths say. Raises `SVDQuantError` for offloaded ones."""
     kept = differences_of(model)
@@ -132,14 +141,15 @@ def refresh(model: Any) -> None:
     strengths = {name: kept.fused.get(name, _strength(model, name)) for name in kept.adapters}
     if strengths != kept.applied:
         for name, own in kept.own.items():
-            _write(_parameter(model, name), own, [(s, kept.adapters[a].get(name)) for a, s in strengths.items()])
+            _write(model, name, own, [(s, kept.adapters[a].get(name)) for a, s in strengths.items()])
         kept.applied = strengths
     if not kept.adapters or (not loaded and set(kept.adapters) <= set(kept.fused)):
         # What is fused when the last adapter goes is the model's own from now on.
         del model.__dict__[_KEPT]
 
 
-def _write(parameter: Tensor, own: Tensor, terms: list[tuple[float, Tensor | None]]) -> None:
+def _write(model: nn.Module, name: str, own: Tensor, terms: list[tuple[float, Tensor | None]]) -> None:
+    parameter = _parameter(model, name)
     if parameter.is_meta:
         raise SVDQuantError("an adapter changes norms or biases that are offloaded; switch adapters before offloading")
     value, used = own.to(parameter.device), [(s, d) for s, d in terms if s and d is not None]
@@ -149,7 +159,27 @@ def _write(parameter: Tensor, own: Tensor, terms: list[tuple[float, Tensor | Non
             total = total + strength * difference.to(total)
         value = total.to(parameter.dtype)
     with torch.no_grad():
-        parameter.data.copy_(value)
+        unmerged = _unmerged(model, name)
+        if unmerged is None:
+            parameter.data.copy_(value)
+            return
+        # A LoRA is fused into it: that stays until it is taken out again, which gives the parameter written here.
+        fused = parameter.float() - unmerged.float()
+        unmerged.copy_(value)
+        parameter.data.copy_((value.float() + fused).to(parameter.dtype))
+
+
+def _unmerged(model: nn.Module, name: str) -> Tensor | None:
+    """What a parameter was before adapters were fused into it, where some are."""
+    module, _, leaf = name.rpartition(".")
+    layer: Any = model
+    for part in module.split("."):
+        layer = getattr(_plain(layer), part)
+    before = (
+        layer.__dict__.get("_unmerged") if hasattr(layer, "lora_A") and not hasattr(layer.base_layer, "spec") else None
+    )
+    found: Tensor | None = None if before is None else before[("weight", "bias").index(leaf)]
+    return found
 
 
 def _parameter(model: nn.Module, name: str) -> Tensor:

@@ -26,7 +26,7 @@ from ..config import SVDQuantConfig
 from ..errors import SVDQuantError
 from ..families import family_of, fused
 from ..nn import QUANTIZED
-from ..ptq.plan import find_blocks
+from ..ptq.linears import find_blocks
 from . import common
 from .on_load import GroupSolver, solving_device
 

@@ -26,6 +26,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 # Of clips of pipelines that do not ask for a rate; Wan's.
 _FPS = 16.0
 _OWN_DEFAULTS = ("num_inference_steps", "guidance_scale", "height", "width", "num_frames", "max_sequence_length")
+# Of a prompts.json what decides how pictures are drawn.
+GENERATION_FIELDS = (*_OWN_DEFAULTS, "fps")
 
 
 @dataclass

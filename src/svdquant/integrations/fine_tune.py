@@ -16,6 +16,7 @@ from ..checkpoint.layout import Checkpoint, open_checkpoint
 from ..checkpoint.mapped import MappedTensors
 from ..checkpoint.skeleton import cast_floating
 from ..errors import SVDQuantError
+from ..ptq.damage import damage
 from .lazy_tensor import LazyTensor, forget
 from .original_bases import default_base
 from .original_config import config_from_shapes
@@ -26,12 +27,16 @@ from .stored_weights import lazy_weights
 
 _WEIGHTS = (".safetensors", ".sft")
 _INDEX = ".safetensors.index.json"
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 
 
 def bare_file(path: Path) -> Path | None:
-    """The weights that `path` is without a configuration: a file, a sharded set's index, or either in a folder."""
-    if path.is_file() and path.name.endswith((*_WEIGHTS, _INDEX)):
-        return path
+    """The weights that `path` is without a configuration: a file, a sharded set's index, or either in a folder.
+
+    Of one shard, the index of its set. Raises `SVDQuantError` for a shard without its set.
+    """
+    if path.is_file() and path.name.lower().endswith((*_WEIGHTS, _INDEX)):
+        return _whole_set(path)
     if not path.is_dir() or any((path / name).is_file() for name in ("config.json", "model_index.json")):
         return None
     return _only_weights(path)
@@ -39,14 +44,27 @@ def bare_file(path: Path) -> Path | None:
 
 def _only_weights(folder: Path) -> Path | None:
     indices = sorted(folder.glob(f"*{_INDEX}"))
-    files = indices or sorted(file for suffix in _WEIGHTS for file in folder.glob(f"*{suffix}"))
+    files = indices or sorted(file for file in folder.iterdir() if file.suffix.lower() in _WEIGHTS)
     return files[0] if len(files) == 1 else None
+
+
+def _whole_set(file: Path) -> Path:
+    shard = _SHARD.fullmatch(file.name)
+    if shard is None or int(shard[2]) == 1:
+        return file
+    index = file.with_name(shard[1] + _INDEX)
+    if index.is_file():
+        return index
+    raise SVDQuantError(
+        f"{file}: is one of {int(shard[2])} parts of a model, and {index.name} is not beside it; download the whole "
+        "set into one folder"
+    )
 
 
 def weights_alone(path: Path, base: str | None) -> Path | None:
     """`bare_file`, or the weights of a model folder that is to be put into the pipeline `base`."""
-    if path.is_file() or path.suffix == ".gguf":
-        return path
+    if path.is_file() or path.suffix.lower() == ".gguf":
+        return bare_file(path) or path
     if base is None or (path / "model_index.json").is_file() or not (path / "config.json").is_file():
         return bare_file(path)
     return _only_weights(path)
@@ -197,10 +215,8 @@ def _alike(found: str, wanted: str) -> bool:
 def finite(name: str, tensor: LazyTensor, dtype: torch.dtype, fp32: tuple[str, ...], where: Path) -> Tensor:
     """A tensor's values in the model's type. Raises `SVDQuantError` naming the file's tensors where some are NaN."""
     value = tensor.value()
-    # NaN is both the least and the greatest; this is many times as fast as asking each number.
-    if value.is_floating_point() and value.numel() and not all(end.isfinite() for end in torch.aminmax(value)):
-        names = ", ".join(sorted(tensor.sources))
-        raise SVDQuantError(f"{where}: {names} holds values that are not finite; download it again")
+    if value.is_floating_point() and (why := damage(value)):
+        raise SVDQuantError(f"{where}: {', '.join(sorted(tensor.sources))} holds {why}; download it again")
     # A copy of its own: cut from a larger one, it would keep that in memory.
     value = cast_floating(name, value, dtype, fp32, where)
     return value.contiguous() if value.untyped_storage().nbytes() == value.nbytes else value.clone()

@@ -15,7 +15,9 @@ from ..checkpoint.layout import Checkpoint
 from ..checkpoint.streaming import ShardWriter, WeightReader
 from ..config import SVDQuantConfig
 from ..ptq.capture import CalibrationStore, capture
-from ..ptq.plan import Plan, make_plan, trace_model
+from ..ptq.damage import UnusableInputsError, UnusableModelError, damage
+from ..ptq.example import trace_model
+from ..ptq.plan import Plan, make_plan
 from ..ptq.quantize import make_report
 from ..ptq.report import LayerReport, Report
 from ..ptq.stream import SolvedGroups, solve_to_files, write_atomically
@@ -115,15 +117,23 @@ class Job:
         return self.reader.get(self._stored.get(name, name))
 
     def solve(self, device: str, say: StageProgress) -> None:
-        self.groups = solve_to_files(
-            self.plan,
-            self.get,
-            self.store,
-            self.config,
-            self.solved,
-            lambda done, total, name: say("solve", done, total, name),
-            device,
-        )
+        try:
+            self.groups = solve_to_files(
+                self.plan,
+                self.get,
+                self.store,
+                self.config,
+                self.solved,
+                lambda done, total, name: say("solve", done, total, name),
+                device,
+            )
+        except UnusableInputsError:
+            # One damaged tensor spoils what all layers read.
+            for name in self.reader.names:
+                value = self.reader.get(name)
+                if value.is_floating_point() and (why := damage(value)):
+                    raise UnusableModelError(f"{name} holds {why}; download or export the weights again") from None
+            raise
 
     def report(self) -> Report:
         assert self.groups is not None

@@ -6,30 +6,22 @@ A model of another kind goes through unseen: every wrapper asks first.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checkpoint.layout import PICKLES
 from ..errors import SVDQuantError
 from . import common, differences, flux_shapes, switching
-from .adapter_formats import kind_of, needs_conversion, to_lora
-from .adapter_names import by_module
-from .adapter_nunchaku import from_nunchaku
-from .adapter_vectors import (
-    DIFFERENCES,
-    all_named,
-    bias_differences,
-    module_names,
-    take_differences,
-    vectors,
-    warn_unmatched,
-    with_biases,
-)
+from .adapter_prepare import Prepared, finish, oft_terms, prepare, saved_transforms
+from .adapter_vectors import DIFFERENCES, module_names, take_differences, warn_unmatched
+from .peft_transforms import transforms_of
 from .requests import denoisers
 from .switching import is_quantized
 
@@ -55,6 +47,7 @@ def register(module: ModuleType) -> None:
             ("set_adapters", lambda theirs: differences.following(switching.quick(theirs))),
             ("fuse_lora", _recorded),
             ("unfuse_lora", _recorded),
+            ("save_lora_adapter", _saved),
             *((name, differences.following) for name in _SWITCHING),
         ):
             _wrap(mixin, name, wrapper)
@@ -100,6 +93,14 @@ def check_lora(model: nn.Module, state_dict: dict[str, Tensor], where: str = "th
                         f"{where}: {key} has the shape {list(value.shape)}, which does not fit {name} "
                         f"[{module.out_features}, {module.in_features}]; it was made for another model"
                     )
+        elif value.dim() > 2 and hasattr(module, "in_channels"):
+            weight: Any = module.weight
+            fits = value.shape[0] == weight.shape[0] if key.endswith(_UP) else value.shape[1:] == weight.shape[1:]
+            if key.endswith((_DOWN, _UP)) and not fits:
+                raise SVDQuantError(
+                    f"{where}: {key} has the shape {list(value.shape)}, which does not fit {name} "
+                    f"{list(weight.shape)}; it was made for another model"
+                )
     if state_dict and len(unmatched) == len(state_dict):
         raise SVDQuantError(
             f"{where}: none of its {len(state_dict)} tensors belongs to a module of this {type(model).__name__} "
@@ -145,88 +146,119 @@ def _refactored(load_lora_weights: Any) -> Any:
         if not any(is_quantized(part) for part in denoisers(self)):
             return load_lora_weights(self, source, *args, **kwargs)
         access = {name: kwargs[name] for name in _FETCHING if name in kwargs}
-        state, metadata = fetch_state(source, **access)
-        denoiser = denoisers(self)[0]
-        whole = take_differences(denoiser, state)
-        biases_of = bias_differences(state)
-        if any(key.endswith(DIFFERENCES) for key in state) and kind_of(state) != "difference":
-            source = state = {key: value for key, value in state.items() if not key.endswith(DIFFERENCES)}
-        if needs_conversion(state):
-            converted = to_lora(state)
-            warnings.warn(converted.sentence(), stacklevel=3)
-            source = state = converted.state
+        given, metadata = fetch_state(source, **access)
+        denoiser: Any = self.transformer_2 if kwargs.get("load_into_transformer_2") else denoisers(self)[0]
         start = "unet." if denoiser is getattr(self, "unet", None) else "transformer."
-        if kind_of(state) == "nunchaku":
-            source, rest = from_nunchaku(state, denoiser, start)
-            state = source
-            if rest:
-                warn_unmatched(denoiser, rest)
-        # A configuration of PEFT's says what the alphas are, and that the names are diffusers'.
-        ours = None if metadata else by_module(state, module_names(denoiser), start)
-        if ours is not None:
-            source = ours
-
-        magnitudes: dict[str, Tensor] = {}
-        if doras := {key: value for key, value in state.items() if key.endswith(".dora_scale")}:
-            magnitudes = vectors(self, doras, state, start, "lora_magnitude_vector")
-            source = {key: value for key, value in (ours or state).items() if key not in doras}
-
-        biases = vectors(self, biases_of, state, start, "lora_B.bias") if biases_of else {}
+        prepared = prepare(denoiser, given, start, self, metadata, oft_terms(source))
+        if kwargs.get("hotswap"):
+            _check_hotswap(denoiser, prepared.transforms, kwargs.get("adapter_name"))
 
         def lora_state_dict(*given: Any, **options: Any) -> Any:
-            named = all_named(self, type(self).lora_state_dict(*given, **options))
-            tensors = named[0] if isinstance(named, tuple) else named
-            if biases:
-                alphas = named[1] if isinstance(named, tuple) else None
-                tensors.update(with_biases(tensors, biases, alphas or {}))
-            tensors.update(magnitudes)
-            return named
+            return prepared.complete(self, type(self).lora_state_dict(*given, **options), options)
 
         self.__dict__["lora_state_dict"] = lora_state_dict
         before = set(getattr(denoiser, "peft_config", {}))
         try:
-            out = load_lora_weights(self, source, *args, **kwargs)
+            out = load_lora_weights(self, prepared.state, *args, **kwargs)
         finally:
             self.__dict__.pop("lora_state_dict", None)
-        if whole:
-            loaded = [n for n in getattr(denoiser, "peft_config", {}) if n not in before]
-            differences.keep(denoiser, loaded[0] if loaded else kwargs["adapter_name"], whole)
+        loaded = [name for name in getattr(denoiser, "peft_config", {}) if name not in before]
+        if loaded or kwargs.get("hotswap"):
+            finish(denoiser, loaded[0] if loaded else kwargs["adapter_name"], prepared)
         return out
 
     return refactored
 
 
+def _check_hotswap(model: Any, transforms: Any, adapter: Any) -> None:
+    there = [layer for layer in switching.lora_layers(model) if adapter in transforms_of(layer)]
+    if transforms or there:
+        raise SVDQuantError(
+            f"adapter {adapter!r} multiplies outputs or inputs, and such adapters cannot be hot-swapped; load it "
+            "beside the other and call set_adapters"
+        )
+
+
 def _checked(load_lora_adapter: Any) -> Any:
     def checked(self: Any, adapter: Any, prefix: str | None = "transformer", hotswap: bool = False, **kw: Any) -> Any:
-        if not is_quantized(self) or not isinstance(adapter, dict):
-            out = load_lora_adapter(self, adapter, prefix=prefix, hotswap=hotswap, **kw)
-        else:
-            start = "" if prefix is None else f"{prefix}."
-            mine = {key.removeprefix(start): value for key, value in adapter.items() if key.startswith(start)}
-            if any(_DOWN in key for key in mine):
-                unmatched = check_lora(self, mine)
-                if unmatched:
-                    warn_unmatched(self, unmatched)
-                    adapter = {key: v for key, v in adapter.items() if key.removeprefix(start) not in set(unmatched)}
-            out = load_lora_adapter(self, adapter, prefix=prefix, hotswap=hotswap, **kw)
-        if is_quantized(self):
-            from .peft_dense import adopt
+        if not is_quantized(self):
+            return load_lora_adapter(self, adapter, prefix=prefix, hotswap=hotswap, **kw)
+        start = "" if prefix is None else f"{prefix}."
+        if not isinstance(adapter, dict):
+            adapter, metadata = fetch_state(adapter, **{name: kw[name] for name in _FETCHING if name in kw})
+            # Of a file that a model has saved, whose names have no prefix; diffusers looks for them with one only.
+            kw.setdefault("metadata", metadata)
+        mine = {key: value for key, value in adapter.items() if key.startswith(start)}
+        others, transforms = saved_transforms(mine)
+        bare = {key.removeprefix(start): value for key, value in others.items()}
+        whole = take_differences(self, bare)
+        bare = {key: value for key, value in bare.items() if not key.endswith(DIFFERENCES)}
+        if any(_DOWN in key for key in bare):
+            unmatched = check_lora(self, bare)
+            if unmatched:
+                warn_unmatched(self, unmatched)
+                bare = {key: value for key, value in bare.items() if key not in set(unmatched)}
+        if hotswap:
+            _check_hotswap(self, transforms, kw.get("adapter_name"))
+        adapter = {f"{start}{key}": value for key, value in bare.items()}
+        before = set(getattr(self, "peft_config", {}))
+        out = load_lora_adapter(self, adapter, prefix=prefix, hotswap=hotswap, **kw)
+        from .peft_dense import adopt
 
-            adopt(self)
-            if hotswap:
-                switching.forget_branches(self)
+        adopt(self)
+        if hotswap:
+            switching.forget_branches(self)
+        for name in getattr(self, "peft_config", {}):
+            if name not in before:
+                finish(self, name, Prepared({}, transforms=transforms, whole=whole))
         return out
 
     return checked
 
 
+def _saved(save_lora_adapter: Any) -> Any:
+    """A saved adapter holds all of it: what it adds to norms and biases too."""
+
+    def saved(self: Any, save_directory: Any, adapter_name: str = "default", *args: Any, **kwargs: Any) -> Any:
+        if not is_quantized(self):
+            return save_lora_adapter(self, save_directory, adapter_name, *args, **kwargs)
+        given = dict(zip(("upcast_before_saving", "safe_serialization", "weight_name"), args, strict=False)) | kwargs
+        if not given.get("safe_serialization", True):
+            raise SVDQuantError("adapters are saved as safetensors; leave safe_serialization as it is")
+        upcast = given.pop("upcast_before_saving", False)
+        kept = differences.differences_of(self)
+        changes = {} if kept is None else kept.adapters.get(adapter_name, {})
+        # Theirs casts the model, which a quantized one refuses, and not only what it saves.
+        self.__dict__["to"] = lambda *_, **__: self
+        try:
+            out = save_lora_adapter(self, save_directory, adapter_name, **given)
+        finally:
+            del self.__dict__["to"]
+        if changes or upcast:
+            name = given.get("weight_name") or "pytorch_lora_weights.safetensors"
+            _rewrite(Path(save_directory) / name, differences.named(changes), upcast)
+        return out
+
+    return saved
+
+
+def _rewrite(file: Path, more: dict[str, Tensor], upcast: bool) -> None:
+    with safe_open(file, framework="pt") as reader:
+        metadata = reader.metadata()
+        state = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118  (it is no dict)
+    state = {key: value.float() if upcast else value for key, value in (state | more).items()}
+    save_file({key: value.contiguous() for key, value in state.items()}, file, metadata=metadata)
+
+
 def _recorded(change: Any) -> Any:
     """fuse_lora and unfuse_lora change ranks, which a saved model's configuration states.
 
-    Of a pipeline too: its unfuse_lora does not call its models'.
+    Of a pipeline too: its unfuse_lora does not call its models'. What cannot be fused is refused before anything is.
     """
 
     def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if change.__name__ == "fuse_lora" and isinstance(self, nn.Module) and is_quantized(self):
+            _check_fusable(self, kwargs.get("adapter_names"))
         out = change(self, *args, **kwargs)
         for model in [self] if isinstance(self, nn.Module) else denoisers(self):
             if not is_quantized(model):
@@ -241,6 +273,13 @@ def _recorded(change: Any) -> Any:
         return out
 
     return recorded
+
+
+def _check_fusable(model: nn.Module, names: list[str] | None) -> None:
+    for layer in switching.lora_layers(model):
+        check: Any = getattr(layer, "check_fusable", None)
+        if check is not None:
+            check([name for name in names or layer.active_adapters if name in layer.lora_A])
 
 
 for _name in (_MIXIN, _PIPELINES):

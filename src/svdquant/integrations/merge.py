@@ -23,6 +23,8 @@ from ..ptq.resolve import solve_again
 from . import attach, differences
 from .adapters import check_adapter, load_adapter
 from .convert import check_target
+from .peft_dora import dora_change, is_special
+from .peft_transforms import own_weight, transforms_of
 from .sources import resolve_checkpoint
 from .work_folder import check_disk
 
@@ -98,14 +100,14 @@ def merge_into(
     if not wrapped:
         raise SVDQuantError("no adapter is loaded")
     quantized = {name: m for name, m in wrapped.items() if hasattr(m.base_layer, "spec")}
+    _check_biases(quantized)
     for name, layer in wrapped.items():
-        if layer.lora_variant or any(layer.lora_bias.values()):
-            raise SVDQuantError(f"{name}: an adapter is no plain LoRA and cannot be merged")
-        if name not in quantized or (grow and isinstance(layer, FusedLayer)):
+        if name not in quantized or (grow and isinstance(layer, FusedLayer) and _plain(layer)):
             layer.merge(safe_merge=True)
             report.dense += name not in quantized
     again = {name: layer for name, layer in quantized.items() if not layer.merged_adapters}
     changes = {name: _change(layer) for name, layer in again.items()}
+    biases = {name: _bias_change(layer) for name, layer in again.items()}
     records = {name: layer.base_layer.tensors() for name, layer in again.items()}
     activations = {name: layer.base_layer.activations for name, layer in again.items()}
     differences.make_own(model)
@@ -120,6 +122,8 @@ def merge_into(
         for name, new in zip(names, solve_again(members, [changes[n] for n in names], generator), strict=True):
             wanted = records[name].dense()[0] + changes.pop(name)
             report.errors[name] = weight_error(new.dense()[0], wanted)
+            if (bias := biases[name]) is not None and new.bias is not None:
+                new.bias = (new.bias.float() + bias.to(new.bias.device)).to(new.bias.dtype)
             solved: Any = make_layer(model.get_submodule(name), new)
             solved.activations = activations[name]
             replace_module(model, name, solved)
@@ -127,15 +131,54 @@ def merge_into(
     attach(model, held if isinstance(held, SVDQuantConfig) else SVDQuantConfig())
 
 
+def _active(layer: Any) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.lora_A and float(layer.scaling[name])]
+
+
+def _plain(layer: Any) -> bool:
+    return not any(is_special(layer, name) or layer.lora_bias.get(name) for name in _active(layer))
+
+
 def _change(layer: Any) -> Tensor:
     """ΔW float32 [N, K] of the active adapters at their strengths."""
-    base = layer.base_layer
-    change = torch.zeros(base.out_features, base.in_features)
-    for name in layer.active_adapters:
-        if name in layer.lora_A:
+    weight = own_weight(layer.base_layer).flatten(1)
+    change = torch.zeros_like(weight)
+    if getattr(layer.base_layer, "fused_down", None) is not None:
+        # Fused before: part of what the layer means, and not of its record.
+        change += layer.base_layer.fused_up.float() @ layer.base_layer.fused_down.float()
+    for name in _active(layer):
+        transform = transforms_of(layer).get(name)
+        if name in layer.lora_variant or (transform is not None and transform.length is not None):
+            change += dora_change(layer, name, weight)
+        elif transform is not None:
+            change += float(layer.scaling[name]) * transform.change(weight)
+        else:
             down, up = layer.lora_A[name].weight.flatten(1).float(), layer.lora_B[name].weight.flatten(1).float()
             change += float(layer.scaling[name]) * (up @ down)
+    if not bool(change.isfinite().all()):
+        raise SVDQuantError(
+            f"{', '.join(_active(layer))}: an adapter holds numbers that are not finite; download it again"
+        )
     return change
+
+
+def _bias_change(layer: Any) -> Tensor | None:
+    """What the active adapters add to the bias, float32 [N]; None for nothing."""
+    changes = [
+        layer.lora_B[name].bias.float() * float(layer.scaling[name])
+        for name in _active(layer)
+        if layer.lora_bias.get(name)
+    ]
+    return sum(changes[1:], changes[0]) if changes else None
+
+
+def _check_biases(quantized: dict[str, Any]) -> None:
+    for name, layer in quantized.items():
+        change = _bias_change(layer)
+        if layer.base_layer.bias is None and change is not None and bool(change.any()):
+            raise SVDQuantError(
+                f"{name}: an adapter adds to its bias, and it has none; leave the adapter beside the model"
+            )
 
 
 def _groups(records: dict[str, SVDQuantTensors]) -> list[list[str]]:

@@ -15,6 +15,7 @@ from ..checkpoint.layout import DENOISERS
 from ..checkpoint.streaming import SHARD_BYTES
 from ..config import SVDQuantConfig
 from ..errors import SVDQuantError
+from ..ptq.damage import UnusableModelError
 from ..ptq.report import LayerReport, Report
 from ..ptq.stream import write_atomically
 from .calibration import CalibrationDrawing, StageProgress
@@ -115,6 +116,10 @@ def quantize_pipeline(
             )
         try:
             report = _quantize(source, out, work, config, drawing, origin, wanted, str(where), shard_bytes, say)
+        except UnusableModelError:
+            # Whatever the user does about it, it is another job.
+            clear_folder(work)
+            raise
         finally:
             if drawing is not None:
                 drawing.close()
@@ -157,9 +162,9 @@ def _quantize(
     for job in jobs.values():
         job.solve(device, say)
         part_report = job.report()
-        part_report.check(job.config.max_error)
         if len(jobs) > 1:
             part_report.layers = [_within(job.part, layer) for layer in part_report.layers]
+        part_report.check(job.config.max_error)
         report.add(part_report, job.part if len(jobs) > 1 else "")
     report.seconds = sum(layer.seconds for layer in report.layers)
     result = work / "result"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..config import SVDQuantConfig, matches
 from ..errors import SVDQuantError
 from ..nn import make_layer, replace_module
-from ..ptq.plan import GroupPlan, find_linears, make_plan
+from ..ptq.linears import find_linears
+from ..ptq.plan import GroupPlan, make_plan
 from ..ptq.quantize import check_single_model, make_report
 from ..ptq.solve import solve_group
 

@@ -30,7 +30,7 @@ from ..nn.adapters import (
     widened,
 )
 from .peft_dense import RequestLayer, unit_strength
-from .peft_dora import with_dora
+from .peft_dora import active_specials, is_special, with_specials
 
 _MODULE = "peft.tuners.lora.model"
 _made = 0
@@ -78,7 +78,20 @@ def _layer_class(base: nn.Module) -> Any:
     return LoraConv2d if isinstance(base, SVDQuantConv2d) else None
 
 
-class FusedLayer(RequestLayer):
+class QuantizedLayer(RequestLayer):
+    """On top of a LoRA layer of PEFT around a quantized one."""
+
+    def check_fusable(self, names: list[str]) -> None:
+        """Raises `SVDQuantError` where one of these adapters cannot become part of the layer."""
+        for name in names:
+            if is_special(self, name) or self.lora_bias.get(name):  # type: ignore[attr-defined]
+                raise SVDQuantError(
+                    f"adapter {name!r} is no plain LoRA and cannot be fused into a quantized layer; bake it in by "
+                    "`svdquant lora merge`"
+                )
+
+
+class FusedLayer(QuantizedLayer):
     """On top of a LoRA layer of PEFT: the adapters join the branch of the quantized layer below."""
 
     takes_options = False  # only the classes whose base takes them say otherwise
@@ -90,8 +103,8 @@ class FusedLayer(RequestLayer):
             if names is not None:
                 branch = self._branch(x, names) if names else None
                 return self._call(x, gelu, out, branch)
-        if not args and not kwargs and (doras := active_doras(layer)):
-            y = with_dora(layer, x, doras)
+        if not args and not kwargs and (names := active_specials(layer)):
+            y = with_specials(layer, x, names)
         else:
             y = super().forward(x, *args, **kwargs)
         if gelu:
@@ -117,7 +130,7 @@ class FusedLayer(RequestLayer):
             names = [name for name in names if isinstance(s := layer.scaling[name], Tensor) or s != 0]
         training = torch.is_grad_enabled()
         for name in names:
-            if name in layer.lora_variant or layer.lora_bias.get(name):
+            if is_special(layer, name) or layer.lora_bias.get(name):
                 return None
             if layer.training and not isinstance(layer.lora_dropout[name], nn.Identity):
                 return None
@@ -151,9 +164,6 @@ class FusedLayer(RequestLayer):
         cache: BranchCache = self.__dict__.setdefault("_branches", BranchCache())
         return cache
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_branches", "_rescalings")}
-
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.branches.clear()
         return super()._apply(*args, **kwargs)  # type: ignore[misc]
@@ -178,9 +188,8 @@ class FusedLayer(RequestLayer):
     def _to_merge(self, names: list[str]) -> tuple[Tensor, Tensor]:
         layer: Any = self
         base, adapters = layer.base_layer, []
+        self.check_fusable(names)
         for name in names:
-            if name in layer.lora_variant or layer.lora_bias.get(name):
-                raise SVDQuantError(f"adapter {name!r} is no plain LoRA and cannot be fused into a quantized layer")
             up = _matrix(layer.lora_B[name].weight).float() * layer.scaling[name]
             adapters.append(Adapter(name, _matrix(layer.lora_A[name].weight), up))
         ranks = [a.rank for a in adapters]
@@ -238,20 +247,19 @@ class LoraConv2d(FusedLayer, Conv2d):
         return y
 
 
-class WeightOnlyLoraLinear(RequestLayer, Linear):
+class WeightOnlyLoraLinear(QuantizedLayer, Linear):
     """PEFT's LoRA around a W4A16 linear: two more products of a few rows."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not args and not kwargs and (doras := active_doras(self)):
-            return with_dora(self, x, doras)
+        if not args and not kwargs and (names := active_specials(self)):
+            return with_specials(self, x, names)
         return super().forward(x, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         for name in check_adapters_to_merge(self, adapter_names) or ():
             if name not in self.lora_A:
                 continue
-            if name in self.lora_variant or self.lora_bias.get(name):
-                raise SVDQuantError(f"adapter {name!r} is no plain LoRA and cannot be fused into a quantized layer")
+            self.check_fusable([name])
             base = self.base_layer
             before = base.fused_down, base.fused_up
             down = self.lora_A[name].weight.detach().to(base.compute_dtype)
@@ -268,18 +276,6 @@ class WeightOnlyLoraLinear(RequestLayer, Linear):
         if self.merged_adapters:
             self.base_layer.fuse(*self.__dict__.pop("_unmerged"))
             self.merged_adapters.clear()
-
-
-def active_doras(layer: Any) -> list[str]:
-    """The active adapters where a DoRA is among them and counts; else none."""
-    if layer._disable_adapters or layer.merged_adapters or layer.__dict__.get("requests") is not None:
-        return []
-    if not layer.lora_variant:
-        return []
-    scaling = layer.scaling
-    names = [name for name in layer.lora_A if name in layer.active_adapters]
-    names = [name for name in names if isinstance(scaling[name], Tensor) or scaling[name] != 0]
-    return names if any(name in layer.lora_variant for name in names) else []
 
 
 def _matrix(weight: Tensor) -> Tensor:

@@ -10,10 +10,16 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Conv2d, Linear
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..errors import SVDQuantError
 from ..nn.adapters import Requests
+from .peft_dora import active_specials, dora_change, is_special, with_specials
+from .peft_transforms import transforms_of
+
+# What layers remember of their tensors: no part of copies or pickles.
+_REMEMBERED = ("_branches", "_rescalings", "_own_bias")
 
 
 def unit_strength(layer: Any, name: str) -> float:
@@ -34,6 +40,9 @@ class RequestLayer:
             return y
         return add_requests(layer, self.requests, x, layer.base_layer(x, *args, **kwargs))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _REMEMBERED}
+
 
 def add_requests(layer: Any, requests: Requests, x: Tensor, result: Tensor) -> Tensor:
     """result + what every entry's adapters make of x, adapter by adapter as PEFT does."""
@@ -41,7 +50,7 @@ def add_requests(layer: Any, requests: Requests, x: Tensor, result: Tensor) -> T
     for name in layer.lora_A:
         if name not in requests.names:
             continue
-        if name in layer.lora_variant:
+        if is_special(layer, name):
             raise SVDQuantError(f"adapter {name!r} is no plain LoRA; requests of one batch cannot differ in it")
         strengths = requests.strengths(name, unit_strength(layer, name))
         down, up = layer.lora_A[name], layer.lora_B[name]
@@ -55,16 +64,51 @@ def add_requests(layer: Any, requests: Requests, x: Tensor, result: Tensor) -> T
 
 
 class RestoringLayer(RequestLayer):
-    """On top of PEFT's LoRA around a layer in 16 bits: unfusing gives back the bits that were there."""
+    """On top of PEFT's LoRA around a layer in 16 bits: unfusing gives back the bits that were there.
+
+    Transforms of outputs and inputs are computed here, DoRA is PEFT's own.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer: Any = self
+        if not args and not kwargs and transforms_of(layer) and (names := active_specials(layer)):
+            return with_specials(layer, x, names)
+        return super().forward(x, *args, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         layer: Any = self
+        names = [name for name in check_adapters_to_merge(layer, adapter_names) or () if name in layer.lora_A]
+        if not names:
+            return
         parameters = layer.base_layer.weight, layer.base_layer.bias
-        before = [None if p is None else p.detach().clone() for p in parameters]
-        merged = len(layer.merged_adapters)
-        super().merge(safe_merge, adapter_names)  # type: ignore[misc]
-        if len(layer.merged_adapters) > merged:
-            self.__dict__.setdefault("_unmerged", before)
+        before = self.__dict__.get("_unmerged") or [None if p is None else p.detach().clone() for p in parameters]
+        specials = [name for name in names if is_special(layer, name)]
+        changes = {name: self._change(name, before[0].float()) for name in specials}
+        for name, change in changes.items():
+            if safe_merge and not bool(change.isfinite().all()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        if plain := [name for name in names if name not in changes]:
+            super().merge(safe_merge, plain)  # type: ignore[misc]
+        for name, change in changes.items():
+            weight, bias = layer.base_layer.weight, layer.base_layer.bias
+            weight.data = (weight.float() + change.view_as(weight)).to(weight.dtype)
+            if layer.lora_bias.get(name):
+                if bias is None:
+                    raise SVDQuantError(
+                        f"adapter {name!r} adds to the bias of a layer that has none and cannot be fused"
+                    )
+                bias.data += layer.lora_B[name].bias * layer.scaling[name]
+            layer.merged_adapters.append(name)
+        self.__dict__["_unmerged"] = before
+
+    def _change(self, name: str, weight: Tensor) -> Tensor:
+        """ΔW float32 of an adapter that is no plain LoRA; weight: of the layer without adapters, [N, K, …]."""
+        layer: Any = self
+        transform = transforms_of(layer).get(name)
+        if transform is None or transform.length is not None:
+            return dora_change(layer, name, weight)
+        change: Tensor = transform.change(weight) * float(layer.scaling[name])
+        return change
 
     def unmerge(self) -> None:
         layer: Any = self

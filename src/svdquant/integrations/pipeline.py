@@ -18,7 +18,7 @@ from ..errors import SVDQuantError
 from .drawing import PipelineOptions, draw, generation_defaults, parse_dtype, pick_device, place
 from .fine_tune import bare_file
 from .own_parts import load_own_parts
-from .single_file import Say, fitting_base, load_single_file, part_of
+from .single_file import Say, fitting_base, load_single_file, part_of, tell
 from .skeletons import build_skeleton, skeleton
 from .slots import (
     blocks_only,
@@ -177,6 +177,8 @@ def _find_parts(
     unused = set(given) if blocks_only(checkpoint) else {*given, slot}
     folder = resolve_model(base, skip=sorted(unused))
     check_files(folder, skip=unused)
+    if bare and say is not None:
+        tell(path, str(base), folder, say)
     return Parts(folder, cls, slot, checkpoint)
 
 

@@ -46,12 +46,22 @@ def check_single_file(file: Path, base: str | None, say: Say) -> str:
     """`fitting_base`, of which everything but the model is there, undamaged."""
     base = fitting_base(file, base, say)
     part = part_of(base, file)
-    check_files(resolve_model(base, skip=(part,)), skip=(part,))
+    folder = resolve_model(base, skip=(part,))
+    check_files(folder, skip=(part,))
+    tell(file, base, folder, say)
     return base
 
 
+def tell(file: Path, base: str, folder: Path, say: Say) -> None:
+    """Says what is taken from the file and what from its pipeline, `base`, which is in `folder`."""
+    part = part_of(base, file)
+    with FineTune(file, _config(file, base, part)) as tune:
+        for note in _notes(tune, base, folder, part):
+            say("note", 0, 0, note)
+
+
 def fitting_base(file: Path, base: str | None, say: Say | None = None) -> str:
-    """The pipeline of a bare file: `base`, or the one that its names and shapes point to.
+    """The pipeline of a bare file: `base`, or the one that its names and shapes point to; `say` is told which.
 
     Raises `SVDQuantError` where the file is no model, or no such model as `base` has. Reads headers only.
     """
@@ -69,9 +79,8 @@ def fitting_base(file: Path, base: str | None, say: Say | None = None) -> str:
         ) from error
     with FineTune(file, config) as tune:
         tune.converted(config, base)
-        if say is not None:
-            for note in _notes(tune, base, part, guessed):
-                say("note", 0, 0, note)
+    if guessed and say is not None:
+        say("note", 0, 0, f"{file.name} is taken for a fine-tune of {base}; --base names another pipeline")
     return base
 
 
@@ -86,22 +95,21 @@ def _likely_base(file: Path) -> str:
         return base
 
 
-def _notes(tune: FineTune, base: str, part: str, guessed: bool) -> list[str]:
-    notes = []
-    if guessed:
-        notes.append(f"{tune.path.name} is taken for a fine-tune of {base}; --base names another pipeline")
-    parts = [name for name in _denoisers(base) if name != part]
-    if parts:
-        notes.append(f"{tune.path.name} takes the place of the {part}; {', '.join(parts)} stays that of {base}")
-    own = own_parts(tune, base)
-    if own:
-        notes.append(f"the {', '.join(own)} of {tune.path.name} are taken too")
+def _notes(tune: FineTune, base: str, folder: Path, part: str) -> list[str]:
+    notes, file = [], tune.path.name
+    denoisers = [name for name in _denoisers(base) if name != part]
+    if denoisers:
+        notes.append(f"{file} takes the place of the {part}; {', '.join(denoisers)} stays that of {base}")
+    own = own_parts(tune, folder)
+    if own.prefixes:
+        notes.append(f"the {', '.join(own.prefixes)} of {file} are taken too")
     if fields := tune.scheduler_fields():
         said = ", ".join(f"{name}={value}" for name, value in fields.items())
-        notes.append(f"the scheduler is set to {said}, as {tune.path.name} says")
-    if left := tune.left_out(tuple(own.values())):
+        notes.append(f"the scheduler is set to {said}, as {file} says")
+    if left := tune.left_out(own.used):
+        why = "".join(f" ({prefix}* {reason})" for prefix, reason in own.unread.items())
         notes.append(
-            f"of {tune.path.name} the {part} is used; {left} are left out for those of {base}; if they were trained "
+            f"of {file} the {part} is used; {left} are left out{why} for those of {base}; if they were trained "
             "too, save the file as a pipeline with diffusers (from_single_file, save_pretrained) and give that"
         )
     return notes
@@ -174,7 +182,8 @@ def unpack(file: Path, base: str, work: Path, dtype: torch.dtype | None, origin:
     config = _config(file, base, part)
     with FineTune(file, config) as tune:
         tensors = tune.converted(config, base)
-        own = {name: part_tensors(tune, name, prefix, pipeline) for name, prefix in own_parts(tune, base).items()}
+        prefixes = own_parts(tune, pipeline).prefixes
+        own = {name: part_tensors(tune, name, prefix, pipeline) for name, prefix in prefixes.items()}
         rest = other_components(pipeline, {part, *own})
         every = [*tensors.values(), *(tensor for held in own.values() for tensor in held.values())]
         weights = sum(math.prod(tensor.shape) for tensor in every) * wanted.itemsize

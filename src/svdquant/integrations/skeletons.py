@@ -28,7 +28,7 @@ def skeleton(
     Raises `SVDQuantError` where there is no such model.
     """
     path = Path(model)
-    if path.suffix in PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise SVDQuantError(f"{path}: pickle files can run code; convert to safetensors")
     if str(model).isidentifier() and not path.exists() and (library := _library_with(str(model))):
         return build_skeleton(model_class(str(model), library), None, dtype)

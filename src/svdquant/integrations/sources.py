@@ -36,7 +36,7 @@ def resolve_model(model: str | Path, skip: Collection[str] = ()) -> Path:
     file, or a repository that cannot be reached.
     """
     path = Path(model)
-    if path.suffix in PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise SVDQuantError(f"{path}: pickle files can run code; convert to safetensors")
     if looks_like_hub_file(model):
         return fetch(model)

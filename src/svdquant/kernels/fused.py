@@ -57,11 +57,18 @@ def _kernels(*inputs: Tensor) -> Any:
 
 
 def norm_modulate(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor | None = None, bias: Tensor | None = None
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """layer_norm(x)·(1 + scale) + shift, as AdaLN modulates.
 
     x [B, L, K]; scale, shift [B or 1, K]; weight, bias [K]: of the normalization itself. Returns x's shape and type.
+    out: a tensor like x, or x itself, to be written and returned.
     """
     factor, offset = 1 + scale.float(), shift.float()
     if bias is not None:
@@ -69,11 +76,13 @@ def norm_modulate(
     if weight is not None:
         factor = factor * weight.float()
     kernels = _kernels(x)
-    if kernels is not None and _fits(factor, x) and offset.shape == factor.shape:
-        y: Tensor = kernels.norm_modulate(x, factor, offset, eps)
-        return y
+    alike = out is None or (out.shape == x.shape and _kernels(x, out) is kernels and _may_hold(out, x))
+    if kernels is not None and alike and _fits(factor, x) and offset.shape == factor.shape:
+        y: Tensor = kernels.norm_modulate(x, factor, offset, eps, out)
+        return y if out is None else _written(out)
     normalized = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return (normalized * factor[:, None] + offset[:, None]).to(x.dtype)
+    y = normalized * factor[:, None] + offset[:, None]
+    return y.to(x.dtype) if out is None else out.copy_(y)
 
 
 def norm_rotate(
@@ -129,10 +138,14 @@ def _may_hold(out: Tensor, *operands: Tensor) -> bool:
     ):
         return False
     return all(
-        (x.data_ptr(), x.stride()) == (out.data_ptr(), out.stride())
-        or x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr()
-        for x in operands
+        _same_place(x, out) or x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr() for x in operands
     )
+
+
+def _same_place(x: Tensor, out: Tensor) -> bool:
+    """Whether both are the same elements. Where a dimension has but one, its stride says nothing."""
+    strides = zip(x.shape, x.stride(), out.stride(), strict=True)
+    return x.shape == out.shape and x.data_ptr() == out.data_ptr() and all(n == 1 or a == b for n, a, b in strides)
 
 
 def _written(out: Tensor) -> Tensor:

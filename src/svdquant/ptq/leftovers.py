@@ -14,8 +14,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..config import SVDQuantConfig, matches
 from ..nn import quantized_layers
+from .linears import find_linears
 from .names import joined_names
-from .plan import Plan, find_linears, linear_shape
+from .plan import Plan, linear_shape
 
 # Above this share of the model's bytes something may have been forgotten.
 HINT_ABOVE = 0.05
@@ -32,6 +33,7 @@ _REMEDIES = (
     (_SKIPPED, "leave out that `--skip` or `--override`"),
     ("modulation, kept by the configuration", "`--modulation int4` quantizes them"),
     ("modulation shared by all blocks", "kept on purpose: what they lose, every block loses"),
+    ("projects what one of the blocks", "kept on purpose: few layers, much quality"),
     ("narrower than", "lower `--rank`"),
     (KEPT, "raise `--keep-16bit-above`, or `--rank`"),
     (CONVOLUTION, _NOTHING),

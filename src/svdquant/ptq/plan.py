@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..config import GROUP_SIZES, LayerSpec, SVDQuantConfig, matches
 from ..errors import SVDQuantError
-from ..families import Family, family_of
-from ..families.guess import guess_inputs, skeleton_of, values_optional
-from ..families.text import token_ids
-from ..nn import is_pointwise_conv
+from ..families import family_of
 from ..numerics import FORMATS, groups_of, padded_columns
+from .example import example_traces, trace_model
+from .linears import block_of, find_blocks, find_linears, projection_lists, read_directly, shared_linears
 from .roles import Roles, routers, shortcut
-from .trace import LayerTrace, Run, trace_forward
+from .trace import LayerTrace, Run
 
 # Below this a layer saves too little to be worth an error.
 _SMALLEST = 64 * 64
@@ -121,104 +117,6 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return (m.in_channels, m.out_channels) if isinstance(module, nn.Conv2d) else (m.in_features, m.out_features)
 
 
-def find_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Every `nn.Linear` and 1×1 convolution by name."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or is_pointwise_conv(module):
-            found[name] = module
-    return found
-
-
-def _read_directly(model: nn.Module, linears: dict[str, nn.Module]) -> set[str]:
-    """Names of linears whose weight their parent reads instead of calling them: torch's own attention modules."""
-    direct = {name for name, module in linears.items() if isinstance(module, NonDynamicallyQuantizableLinear)}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            direct |= {f"{name}.{leaf}".lstrip(".") for leaf in ("linear1", "linear2")}
-    return direct
-
-
-def _shared(model: nn.Module, linears: dict[str, nn.Module]) -> set[str]:
-    """Names of linears that the model holds under another name too."""
-    count: dict[int, int] = {}
-    for _, module in model.named_modules(remove_duplicate=False):
-        count[id(module)] = count.get(id(module), 0) + 1
-    return {name for name, module in linears.items() if count[id(module)] > 1}
-
-
-def find_blocks(model: nn.Module, family: Family) -> list[str]:
-    """Names of the model's blocks: elements of the outermost module lists, and a UNet's middle block."""
-    lists = list(family.blocks)
-    if not lists:
-        for name, module in model.named_modules():
-            nested = any(not outer or f"{name}.".startswith(f"{outer}.") for outer in lists)
-            if not nested and _is_block_list(module):
-                lists.append(name)
-    blocks = [f"{name}.{i}".lstrip(".") for name in lists for i in range(len(model.get_submodule(name)))]  # type: ignore[arg-type]
-    if hasattr(model, "mid_block") and model.mid_block is not None:
-        blocks.append("mid_block")
-    return blocks
-
-
-def _is_block_list(module: nn.Module) -> bool:
-    """Whether the elements are blocks, not layers: modules of modules. A sequence must repeat one class."""
-    children = list(module.children())
-    blocks = [child for child in children if _is_block(child)]
-    if isinstance(module, nn.ModuleList):
-        # A feed-forward network is a list, too, of an activation with its linear and another linear.
-        return bool(blocks) and not any(isinstance(child, nn.Linear) for child in children)
-    return isinstance(module, nn.Sequential) and len(blocks) > 1 and len({type(block) for block in blocks}) == 1
-
-
-def _is_block(module: nn.Module) -> bool:
-    return any(isinstance(m, nn.Linear) for m in module.modules() if m is not module)
-
-
-def block_of(name: str, blocks: list[str]) -> str:
-    return next((block for block in blocks if f"{name}.".startswith(block + ".")), "")
-
-
-def trace_model(model: nn.Module, run: Run) -> dict[str, LayerTrace]:
-    """What each linear of the model reads in the first forward that `run` makes."""
-    blocks = find_blocks(model, family_of(model))
-    return trace_forward(model, {name: block_of(name, blocks) for name in find_linears(model)}, run)
-
-
-@torch.inference_mode(False)  # in which calls do not reach what lets tensors without values pass
-def _example_traces(model: nn.Module, family: Family, where: dict[str, str]) -> dict[str, LayerTrace]:
-    """A trace of the family's own example inputs, else of guessed ones; empty where the model runs with neither.
-
-    A diffusers model is traced as its skeleton on the meta device, which takes no time and no memory.
-    """
-    skeleton = skeleton_of(model)
-    if skeleton is not None and set(find_linears(skeleton)) != set(where):
-        skeleton = None
-    traces: dict[str, LayerTrace] = {}
-    # A model of transformers that no family names most likely reads tokens.
-    example_inputs = family.example_inputs or (token_ids if hasattr(model, "config_class") else None)
-    if example_inputs is not None:
-        try:
-            inputs = example_inputs(skeleton or model)
-            # A model in memory may be in training, and its dropout draws numbers.
-            with torch.random.fork_rng([]), values_optional() if skeleton is not None else nullcontext():
-                return trace_forward(skeleton or model, where, lambda m: m(**inputs))
-        except Exception:  # whatever a model raises at unforeseen inputs
-            pass
-    if skeleton is None:
-        return {}
-
-    def attempt(guessed: dict[str, Any]) -> None:
-        nonlocal traces
-        traces = trace_forward(skeleton, where, lambda m: m(**guessed))
-
-    try:
-        guess_inputs(skeleton, attempt)
-    except Exception:  # no guess fits: names still tell most
-        return {}
-    return traces
-
-
 def make_plan(
     model: nn.Module,
     config: SVDQuantConfig,
@@ -236,14 +134,14 @@ def make_plan(
     blocks = find_blocks(model, family)
     where = {name: block_of(name, blocks) for name in linears}
     if traces is None:
-        traces = trace_model(model, run) if run is not None else _example_traces(model, family, where)
-    refused = dict.fromkeys(_shared(model, linears), "shared with another module")
-    refused |= dict.fromkeys(_read_directly(model, linears), "torch's fused attention reads its weight directly")
+        traces = trace_model(model, run) if run is not None else example_traces(model, family, where)
+    refused = dict.fromkeys(shared_linears(model, linears), "shared with another module")
+    refused |= dict.fromkeys(read_directly(model, linears), "torch's fused attention reads its weight directly")
     refused |= dict.fromkeys(routers(model, linears), "chooses among experts")
     plan = Plan(type(model).__name__, family.name, traced=bool(traces))
     _check_patterns(config, list(linears))
 
-    roles = Roles(family, where, traces)
+    roles = Roles(family, where, traces, tuple(projection_lists(model, family)))
     # diffusers' list; that of transformers only protects float16 from overflow, which the float32 sum here does too.
     fp32 = () if hasattr(model, "config_class") else tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     linear_bytes = 0
@@ -301,9 +199,7 @@ def _plan_layer(name: str, module: nn.Module, config: SVDQuantConfig, roles: Rol
     if mine is None:
         return replace(layer, reason="skipped by the configuration")
     if roles.outside(name):
-        shared = roles.modulates_all(name, k, n)
-        reason = "modulation shared by all blocks" if shared else "embedding, final norm or projection"
-        return replace(layer, reason=reason)
+        return replace(layer, reason=roles.why_outside(name, k, n))
     if why := roles.family.why_kept(name):
         return replace(layer, reason=why)
     if shortcut(module, name):

@@ -34,11 +34,15 @@ _SIBLINGS = (
 
 @dataclass
 class Roles:
-    """A model's linears by name. where: of each its block, "" outside; traces: of those that a forward reached."""
+    """A model's linears by name. where: of each its block, "" outside; traces: of those that a forward reached.
+
+    projections: names of lists of linears outside of the blocks, one for each of them.
+    """
 
     family: Family
     where: dict[str, str]
     traces: dict[str, LayerTrace]
+    projections: tuple[str, ...] = ()
     tokens_seen: bool = field(init=False)
     _readers: dict[int, set[str]] = field(init=False, default_factory=dict)
 
@@ -50,6 +54,14 @@ class Roles:
     def outside(self, name: str) -> bool:
         """Whether the model has blocks and this linear is in none."""
         return not self.where[name] and any(self.where.values())
+
+    def why_outside(self, name: str, in_features: int, out_features: int) -> str:
+        """What a linear outside of the blocks is, which is why it stays in 16 bits."""
+        if self.modulates_all(name, in_features, out_features):
+            return "modulation shared by all blocks"
+        if any(name.startswith(f"{projection}.") for projection in self.projections):
+            return "projects what one of the blocks reads"
+        return "embedding, final norm or projection"
 
     def modulates_all(self, name: str, in_features: int, out_features: int) -> bool:
         """Of a linear outside of the blocks: whether every block is shifted and scaled by it."""

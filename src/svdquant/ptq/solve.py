@@ -16,6 +16,7 @@ from ..config import LayerSpec, SVDQuantConfig
 from ..errors import SVDQuantError
 from ..numerics import SVDQuantTensors, dequantize_weight, padded_columns
 from ..numerics.hadamard import rotate
+from .damage import UnusableInputsError, UnusableModelError, check_weight
 from .low_rank import truncated_svd
 from .plan import GroupPlan
 from .problem import Problem
@@ -72,8 +73,9 @@ def solve_group(
     if inputs is not None:
         inputs = GroupInputs(inputs.rows.to(device).float(), inputs.amax.to(device).float())
         if not bool(torch.isfinite(inputs.rows).all()):
-            raise SVDQuantError(
-                f"calibration inputs of {group.name} hold NaN or infinity; does the 16-bit model draw valid pictures?"
+            raise UnusableInputsError(
+                f"calibration inputs of {group.name} hold NaN or infinity, so the 16-bit model draws nothing valid; "
+                "draw with it to find out with which options and dtype it does, or quantize data-free"
             )
     mine = config.for_layer(group.name)
     assert mine is not None
@@ -92,16 +94,6 @@ def solve_group(
     for layer in solved.values():
         layer.report.seconds = seconds / len(solved)
     return solved
-
-
-def check_weight(name: str, weight: Tensor, in_features: int, out_features: int) -> None:
-    if tuple(weight.shape) != (out_features, in_features):
-        raise SVDQuantError(
-            f"{name}.weight has shape {list(weight.shape)}, the model expects {[out_features, in_features]}; the "
-            "weights belong to another model or configuration"
-        )
-    if not bool(torch.isfinite(weight).all()):
-        raise SVDQuantError(f"{name}.weight holds NaN or infinity; download or export the weights again")
 
 
 def _solve(
@@ -174,8 +166,11 @@ def _solve(
         )
         error = _error(problem, smooth, tensors, stacked[part], bias)
         if not math.isfinite(error):
-            raise SVDQuantError(
-                f"{name} does not fit into {str(dtype).removeprefix('torch.')} once quantized; use bfloat16, or skip it"
+            remedy = f"keep it in 16 bits with --skip {name}"
+            if dtype == torch.float16:
+                remedy = f"use --dtype bfloat16, or {remedy}"
+            raise UnusableModelError(
+                f"{name} does not fit into {str(dtype).removeprefix('torch.')} once quantized; {remedy}"
             )
         first = found[-1]
         out[name] = SolvedLayer(

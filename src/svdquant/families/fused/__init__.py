@@ -6,14 +6,23 @@ Every fused class has its parent's name and parameters, adds no state, and calls
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from dataclasses import replace
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 from torch import nn
 
 from ...kernels import fused, gpu
 from ...nn import SVDQuantLinear
+
+# Each has its classes in FUSED: subclasses of diffusers' modules, blocks and attention processors.
+FILES = (
+    "modules", "rms_norm", "flux", "flux2", "qwen_image", "z_image", "sd3",
+    "modulation", "wan", "ltx", "hunyuan",
+)  # fmt: skip
 
 
 def install(model: nn.Module) -> None:
@@ -51,17 +60,26 @@ def _change(model: nn.Module, classes: dict[type, type]) -> None:
 @lru_cache(maxsize=1)
 def _classes() -> dict[type, type]:
     """Class of diffusers → fused class."""
-    from . import flux, modules
-
     found: dict[type, type] = {}
-    for ours in (*modules.FUSED, *flux.FUSED):
-        theirs, method = ours.__base__, "forward" if issubclass(ours, nn.Module) else "__call__"
-        assert theirs is not None
-        known, there = (_parameters(getattr(cls, method)) for cls in (ours, theirs))
-        if known[: len(there)] == there:
-            found[theirs] = ours
-    flux.register(found)
+    for file in FILES:
+        for ours in import_module(f".{file}", __name__).FUSED:
+            theirs, method = ours.__base__, "forward" if issubclass(ours, nn.Module) else "__call__"
+            known, there = (_parameters(getattr(cls, method)) for cls in (ours, theirs))
+            if known[: len(there)] == there:
+                found[theirs] = ours
+    _register(found)
     return found
+
+
+def _register(classes: dict[type, type]) -> None:
+    """Tells diffusers' caches and layer skipping, which look classes up, what the fused ones are."""
+    with contextlib.suppress(ImportError, AttributeError):
+        from diffusers.hooks._helpers import AttentionProcessorRegistry, TransformerBlockRegistry
+
+        for registry in (AttentionProcessorRegistry, TransformerBlockRegistry):
+            for theirs, ours in classes.items():
+                with contextlib.suppress(ValueError):
+                    registry.register(ours, replace(registry.get(theirs)))
 
 
 def _parameters(function: Any) -> list[str]:

@@ -8,8 +8,8 @@ be said in advance.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,14 @@ def on_gpu(x: Tensor) -> bool:
     return backend_of(x.device) == "triton"
 
 
+class Rows(NamedTuple):
+    """Some outputs of a layer, where a product may have them in another order or with another epilogue."""
+
+    layer: Any
+    start: int
+    stop: int
+
+
 def project(
     layers: Sequence[Any],
     x: Tensor | Normalized,
@@ -57,29 +65,52 @@ def project(
     gelu: bool = False,
     norm: gpu.HeadNorm | None = None,
     second: Tensor | None = None,
+    gated: bool = False,
 ) -> Tensor | None:
-    """What `layers` make of x, side by side [B, L, ΣN]; None where each of them has to be called.
+    """What `layers`, or `Rows` of them, make of x, side by side [B, L, ΣN]; None where each has to be called.
 
-    out: written and returned instead. second: further columns of x. norm: of the first layers' heads.
+    out: written and returned instead. second: further columns of x. norm: of the first layers' heads. gated: x is
+    [B, L, 2K], and its first half times silu of its second is what they read.
     """
-    first, tensor = layers[0], source(x)
-    if tensor.dim() != 3 or not on_gpu(tensor) or not all(_bare(layer) for layer in layers):
+    parts = [part if isinstance(part, Rows) else Rows(part, 0, 0) for part in layers]
+    first, tensor = parts[0].layer, source(x)
+    if tensor.dim() != 3 or not on_gpu(tensor) or not all(_bare(part.layer) for part in parts):
         return None
     activations = resolve_activations(first.activations, first.spec, tensor.device)
-    known = [_reads(layer) for layer in layers]
+    known = [_reads(part.layer) for part in parts]
     if not all(k is not None and gpu.takes(k[1], activations, tensor.dtype, tensor.device) for k in known):
         return None
-    if len(layers) > 1 and not alike(layers):
+    if len(parts) > 1 and not alike([part.layer for part in parts]):
         return None
-    records = [layer.tensors() for layer in layers]
-    return gpu.project(_prepared(x, first, records[0], activations, second), records, out, gpu.Epilogue(gelu, norm))
+    records = [_record(part) for part in parts]
+    before = gpu.Before("swiglu") if gated else gpu.Before()
+    prepared = _prepared(x, first, records[0], activations, before, second)
+    return gpu.project(prepared, records, out, gpu.Epilogue(gelu, norm))
+
+
+def _record(part: Rows) -> SVDQuantTensors:
+    """The record behind a layer, or one that shares the storage of some of its rows."""
+    t: SVDQuantTensors = part.layer.tensors()
+    if part.stop == 0:
+        return t
+    here = slice(part.start, part.stop)
+    of_rows = ("qweight", "wscales", "wcscales", "wzeros", "proj_up", "bias")
+    cut = replace(t, **{name: value[here] for name in of_rows if (value := getattr(t, name)) is not None})
+    if not torch.compiler.is_compiling():
+        cut.memory = t.memory.setdefault(f"rows {part.start}:{part.stop}", {})
+    return cut
 
 
 def _prepared(
-    x: Tensor | Normalized, layer: SVDQuantLinear, t: SVDQuantTensors, activations: str, second: Tensor | None
+    x: Tensor | Normalized,
+    layer: SVDQuantLinear,
+    t: SVDQuantTensors,
+    activations: str,
+    before: gpu.Before,
+    second: Tensor | None,
 ) -> gpu.Prepared:
     if not isinstance(x, Normalized):
-        return gpu.prepare(x, t, activations, second=second)
+        return gpu.prepare(x, t, activations, before, second=second)
     key = reading_key(layer), layer.spec, activations
     found = x.prepared.get(key) if key[0] is not None else None
     if found is None:

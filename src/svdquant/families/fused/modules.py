@@ -43,6 +43,18 @@ def linear(layer: Any, x: Tensor, gelu: bool = False, out: Tensor | None = None)
     return y if out is None or y is out else out.copy_(y)
 
 
+def gives_away(layer: Any) -> bool:
+    """Whether what a call of `layer` returns is the caller's alone, to be written over: no hook may have kept it."""
+    known = takes_options(layer, SVDQuantLinear) or untouched(layer, nn.Linear)
+    return known and not layer._forward_hooks and not _has_any_global_hook()
+
+
+def own(layer: Any, x: Tensor) -> Tensor:
+    """layer(x), to be written over."""
+    y: Tensor = layer(x)
+    return y if gives_away(layer) else y.clone()
+
+
 def modulated(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """norm(x)·(1 + scale) + shift for x [B, L, K]; scale, shift [B, K]."""
     if scale.dtype == x.dtype and untouched(norm, nn.LayerNorm) and norm.normalized_shape == x.shape[-1:]:
@@ -118,8 +130,15 @@ class AdaLayerNormContinuous(normalization.AdaLayerNormContinuous):
     def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
         if not fused.usable(x):
             return super().forward(x, conditioning_embedding)
+        return modulated(self.norm, x, *self._modulation(x, conditioning_embedding))
+
+    def put_off(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor | Normalized:
+        """The forward, with its norm put off."""
+        return normalized(self.norm, x, *self._modulation(x, conditioning_embedding))
+
+    def _modulation(self, x: Tensor, conditioning_embedding: Tensor) -> tuple[Tensor, Tensor]:
         scale, shift = self.linear(self.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
-        return modulated(self.norm, x, scale, shift)
+        return scale, shift
 
 
 class GELU(activations.GELU):

@@ -11,10 +11,10 @@ from .linear import operations
 from .structures import TYPES, Shape, View
 
 
-def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """layer_norm(x)·scale + shift. x [B, L, K]; scale, shift float32 [B or 1, K]; returns a new tensor."""
+def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """layer_norm(x)·scale + shift. x [B, L, K]; scale, shift float32 [B or 1, K]; out as x, or None: a new tensor."""
     x = _dense(x)
-    y = x.new_empty(x.shape)
+    y = x.new_empty(x.shape) if out is None else out
     scale, shift = scale.contiguous(), shift.contiguous()
     shape, stride = _shape(x, heads=1), _stride(scale)
     operations().svdq_norm_modulate(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import SVDQuantError
 from ...families import fused
-from ...families.fused.flux import joint_heads
+from ...families.fused.flux import heads_of
 
 IMPLEMENTATIONS = ("flashattn2", "nunchaku-fp16", "custom")
 _ALIASES = {"": "flashattn2", "default": "flashattn2"}
@@ -41,7 +41,7 @@ class FluxFunctionProcessor(ABC):
         if attention_mask is not None:
             raise SVDQuantError("this attention implementation takes no mask; call set_attention_impl('flashattn2')")
 
-        heads = joint_heads(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        heads = heads_of(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
         if heads is None:
             heads = _joint_heads(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
         text = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
@@ -59,7 +59,7 @@ class FluxFunctionProcessor(ABC):
 def _joint_heads(
     attn: Any, image: Tensor, text: Tensor | None, rotary: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the fused `joint_heads` returns, by the modules themselves."""
+    """What the fused `heads_of` returns, by the modules themselves."""
 
     def project(linear: nn.Module, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         y = linear(x).unflatten(-1, (attn.heads, -1))
