@@ -137,8 +137,9 @@ INLINE vf32 dot16(vf32 acc, plane16 w, plane16 x) { return dot_bf16(acc, w, x); 
         for (int i = 0; i < rows; i++) part[i][j] = splat(0);                                                          \
         if (!(DIRECT)) continue;                                                                                       \
         raw[j] = load_raw(packed + j * row_bytes, s, row_bytes);                                                       \
-        /* In the order of memory, which the processor's own prefetchers then follow. */                               \
-        __builtin_prefetch(packed + AHEAD * row_bytes + (s * outputs + j) * STEP_BYTES);                               \
+        /* In the order of memory, which the processor's own prefetchers then follow, and to the second cache, which   \
+           waits for more lines at a time than the first. */                                                           \
+        __builtin_prefetch(packed + AHEAD * row_bytes + (s * outputs + j) * STEP_BYTES, 0, 2);                         \
       }                                                                                                                \
       _Pragma("clang loop unroll(full)") for (int q = 0; q < planes; q++) {                                            \
         plane##WIDTH w[outputs];                                                                                       \
