@@ -97,10 +97,13 @@ def quantize_weight(weight: np.ndarray, weights: str, group: int, dtype: torch.d
         outer = nonzero(round_to(wanted.max() / 448, dtype))
         scales = np.maximum(e4m3(round_to(wanted / outer, torch.float32)), 2.0**-9)
         return e2m1(g / (scales * outer)[..., None]).reshape(weight.shape), scales, np.full(len(weight), outer)
-    limit = {"int4": 7, "int8": 127}[weights]
-    scales = nonzero(round_to(amax / limit, dtype))
-    values = np.clip(np.rint(g / scales[..., None]), -limit, limit)
-    return values.reshape(weight.shape), scales, None
+    if weights == "int8":
+        scales = nonzero(round_to(amax / 127, dtype))
+        return np.clip(np.rint(g / scales[..., None]), -127, 127).reshape(weight.shape), scales, None
+    # The codes of a step reach from -8.5 to 7.5 of it, or from -7.5 to 8.5 where it is negative: the shorter of both.
+    steps = [round_to(np.maximum(-s * g / 8.5, s * g / 7.5).max(-1).clip(0), torch.float32) * s for s in (1, -1)]
+    scales = nonzero(round_to(np.where(-steps[1] < steps[0], steps[1], steps[0]), dtype))
+    return np.clip(np.rint(g / scales[..., None]), -8, 7).reshape(weight.shape), scales, None
 
 
 def rotation(columns: int) -> np.ndarray:
@@ -234,6 +237,11 @@ def relative(actual: Any, expected: Any) -> float:
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
+def signs(rows: int, columns: int) -> torch.Tensor:
+    """[rows, columns] of 1 and, every third, -1: int4 scales have either."""
+    return 1 - 2 * ((torch.arange(rows)[:, None] + torch.arange(columns)) % 3 == 1).int()
+
+
 def random_tensors(
     spec: LayerSpec, in_features: int, out_features: int, bias: bool, dtype: torch.dtype, seed: int = 0
 ) -> SVDQuantTensors:
@@ -254,11 +262,15 @@ def random_tensors(
     nvfp4 = spec.weights == "nvfp4"
     wscales = torch.randint(0x20, 0x70, scales, generator=g, dtype=torch.uint8).view(torch.float8_e4m3fn)
     svd = spec.kind == "svdquant"
+    if not nvfp4:
+        wscales = uniform(0.01, 0.05, *scales) / (16 if spec.weights == "int8" else 1)
+    if spec.weights == "int4":
+        wscales = wscales * signs(*scales)
     return SVDQuantTensors(
         spec,
         in_features,
         qweight,
-        wscales if nvfp4 else uniform(0.01, 0.05, *scales) / (16 if spec.weights == "int8" else 1),
+        wscales,
         uniform(0.001, 0.002, out_features) if nvfp4 else None,
         uniform(0.5, 2, in_features) if svd and spec.smooth else None,
         uniform(-0.1, 0.1, spec.rank, in_features) if svd and spec.rank else None,

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from reference64 import E2M1, INT4, SHIFT, array, round_to, unpack_nibbles
+from reference64 import E2M1, INT4, SHIFT, array, round_to, signs, unpack_nibbles
 
 from svdquant.config import LayerSpec
 from svdquant.kernels import svdquant_linear, w4a16_linear
@@ -181,6 +181,8 @@ def layer(
     else:
         largest = 0.05 if weights == "int4" else 0.003
         wscales = (largest * spread ** -torch.rand(*scales, generator=g)).to((types or {}).get("wscales", dtype))
+        if weights == "int4":
+            wscales = wscales * signs(*scales)
     svd = s.kind == "svdquant"
     # A larger rank is no larger part of the weight.
     branch = 0.1 * min(1.0, math.sqrt(32 / max(rank, 1)))

@@ -146,3 +146,15 @@ def test_leading_dimensions(path, shape):
         y = multiply(x, t)
         assert y.shape == (*shape[:-1], 65) and y.dtype == dtype and y.is_contiguous()
         cpu_truth.check(path, y.reshape(-1, 65), cpu_truth.weight_only(x.reshape(-1, 130), t), t)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_many_outputs_whatever_shares_them(path, threads, dtype):
+    """Tasks of 512, 256 and 128 outputs, and a rest that fills none."""
+    results = []
+    for count in (1, 2, 4):
+        threads(count)
+        run(path, 1, 520, 2101, dtype)
+        x, t, _ = case(1, 520, 2101, dtype, ())
+        results.append(multiply(x, t))
+    assert all(torch.equal(y, results[0]) for y in results)

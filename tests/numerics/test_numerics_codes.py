@@ -38,7 +38,7 @@ def test_every_byte_unpacks_to_its_two_values(name, dtype):
 @pytest.mark.parametrize("name", ["int4", "nvfp4", "int8"])
 def test_round_trip_of_all_values(name):
     values = {
-        "int4": torch.arange(-7, 8),
+        "int4": torch.arange(-8, 8),
         "nvfp4": torch.tensor([*reference64.E2M1, *-reference64.E2M1[1:]]),
         "int8": torch.arange(-127, 128),
     }[name].float()
@@ -56,7 +56,7 @@ def test_packing_matches_the_second_implementation():
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(0.5, 0), (1.5, 2), (2.5, 2), (-0.5, 0), (-3.5, -4), (6.5, 6), (7.4, 7), (-9, -7), (0.51, 1)],
+    [(0.5, 0), (1.5, 2), (2.5, 2), (-0.5, 0), (-3.5, -4), (6.5, 6), (7.4, 7), (8, 7), (-7.5, -8), (-9, -8), (0.51, 1)],
 )
 def test_int4_rounds_half_to_even(value, expected):
     assert float(int4.round_values(torch.tensor([value]))) == expected

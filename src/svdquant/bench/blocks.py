@@ -193,6 +193,7 @@ def _random_tensors(k: int, n: int, spec: LayerSpec, dtype: torch.dtype, seed: i
             continue
         if name == "wscales":
             values = torch.rand(tensor.shape, generator=g).add_(0.5) * (_STD / _CODES[spec.weights])
+            values *= 1 - 2 * torch.randint(0, 2, tensor.shape, generator=g) if spec.weights == "int4" else 1
         elif name == "smooth_factor":
             values = torch.exp(0.3 * torch.randn(tensor.shape, generator=g))
         elif name == "proj_down":

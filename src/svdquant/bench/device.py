@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ..kernels.cpu.results import forget as forget_results
+
 Call = Callable[[], Any]
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # Those that decide how fast 8-bit and 16-bit products are.
@@ -177,6 +179,7 @@ def _status(field: str) -> int | None:
 
 def _return_free_memory() -> None:
     """What has been freed goes back to the system, or later calls would seem to need no memory of their own."""
+    forget_results()
     with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -74,6 +74,7 @@ def random_layer(
     else:
         qweight = torch.randint(0, 256, (n, columns // 2), generator=generator).to(torch.uint8)
         wscales = (uniform(n, groups) * spread / 4).to(dtype)
+        wscales *= 1 - 2 * (torch.rand(n, groups, generator=generator) < 0.3).to(dtype)
         if weights == "nvfp4":
             wscales = uniform(n, groups, low=4, high=400).to(torch.float8_e4m3fn)
             shape = (n,) if outer_blocks == 1 else (n, outer_blocks)

@@ -43,6 +43,8 @@ def random_record(
         noise = torch.randn(tensor.shape, generator=g, device=device)
         if name == "wscales":
             values = (0.5 + torch.rand(tensor.shape, generator=g, device=device)) * (STD * outer / _CODES[spec.weights])
+            if spec.weights == "int4":  # scales of either sign
+                values = torch.where(noise < 0, -values, values)
         elif name == "wcscales":
             values = (1 + 0.1 * noise) / outer
         elif name == "smooth_factor":

@@ -14,6 +14,7 @@ from ...errors import SVDQuantError
 from ...numerics import SVDQuantTensors, groups_of, padded_columns
 from . import library
 from .inputs import SCRATCH_LIMIT, Quantized, check_shape, describe, give_back, plain, scratch, take
+from .results import new_result
 from .structures import BLOCK, FORMATS, TYPES, UNSIGNED_INT4, Weight
 
 _GROUPS = (16, 32, 64, 128, 256)
@@ -180,7 +181,7 @@ def svdquant_linear(
     ops, source, x = operations(), x, _rows(x)
     if low_scales is not None:
         low_scales = plain(low_scales).view(-1, low_scales.shape[-1])
-    y = x.new_empty(x.shape[0], tensors.out_features) if out is None else out
+    y = new_result(x, x.shape[0], tensors.out_features) if out is None else out
     weight, kept = _weight(tensors)
     # Leaves room for the padding of the codes and for what lies beside them.
     part = _part(x.shape[0], weight.columns + 2 * BLOCK)
@@ -214,7 +215,7 @@ def w4a16_linear(
 ) -> Tensor:
     """y = x·Ŵᵀ + b for x [M, K]; returns [M, N] in x's type. See `supports_weight_only`."""
     ops, x = operations(), _rows(x)
-    y = x.new_empty(x.shape[0], qweight.shape[0])
+    y = new_result(x, x.shape[0], qweight.shape[0])
     columns = _columns(qweight, weights)
     group = columns // wscales.shape[1]
     spec = LayerSpec(kind="w4a16", weights=weights, group_size=group, rank=0)

@@ -93,15 +93,15 @@ def norm_rotate_tile(heads: int, d: int) -> tuple[dict[str, int], int]:
 
 
 def specializations() -> list[Specialization]:
-    """What transformers of 3072 features and heads of 128 compile."""
+    """What transformers of 3072 features and heads of 128 compile, and of Wan's 5120 with a norm across the heads."""
     forms = []
-    for half, rotary in product(HALVES.values(), (True, False)):
-        tile, warps = norm_rotate_tile(24, 128)
+    for half, (heads, d), rotary in product(HALVES.values(), ((24, 128), (1, 5120)), (True, False)):
+        tile, warps = norm_rotate_tile(heads, d)
         pointers = {"x": f"*{half}", "weight": f"*{half}", "cosine": "*fp32", "sine": "*fp32", "out": f"*{half}"}
         absent: dict[str, Any] = {} if rotary else {"cosine": None, "sine": None}
         strides = ("x_batch", "x_row", "x_head", "out_batch", "out_row", "out_head", "rotary_row", "d")
         numbers = dict.fromkeys((*strides, "tokens", "heads"), "i32") | {"eps": "fp32"}
-        name = f"norm_rotate {half}{' rotary' if rotary else ''}"
+        name = f"norm_rotate {half} {heads}x{d}{' rotary' if rotary else ''}"
         forms.append(_form(name, norm_rotate_kernel, pointers | numbers, tile | absent, warps, strides))
     for half in HALVES.values():
         tile, warps = norm_modulate_tile(3072)

@@ -52,19 +52,19 @@ def group_scales(
 def row_top(
     wscales, outer, rows, inside, GROUPS, BLOCKS: tl.constexpr, E4M3: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The largest group scale of each row, float32; 1 where a row has none above zero."""
+    """The largest size of each row's group scales, float32; 1 where all are zero."""
     top = tl.zeros(rows.shape, tl.float32)
     for start in range(0, GROUPS, BLOCK):
         groups = start + tl.arange(0, BLOCK)[None, :]
         mask = inside[:, None] & (groups < GROUPS)
         scales = group_scales(wscales, outer, rows[:, None], groups, mask, GROUPS, BLOCKS, E4M3)
-        top = tl.maximum(top, tl.max(scales, 1))
+        top = tl.maximum(top, tl.max(tl.abs(scales), 1))
     return tl.where(top > 0, top, 1.0)
 
 
 @triton.jit
 def group_ratio(scale, top, TOP: tl.constexpr):
-    """How a group's codes are scaled to 8 bits, float16, at most `TOP`."""
+    """How a group's codes are scaled to 8 bits, float16, of at most the size `TOP`."""
     return (scale * tl.div_rn(tl.full(top.shape, TOP, tl.float32), top)).to(tl.float16)
 
 

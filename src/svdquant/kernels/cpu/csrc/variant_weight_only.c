@@ -6,7 +6,9 @@
 #include "isa.h"
 #include "parallel.h"
 
-enum { STEP_BYTES = 64, OUTPUTS_PER_TASK = 64, ROWS_PER_TASK = 96, FEW = 4 };
+enum { STEP_BYTES = 64, ROWS_PER_TASK = 96, FEW = 4 };
+/* Outputs of a task: what was fetched ahead of its end another thread reads, and its own beginning nobody fetched. */
+enum { FEWEST_OUTPUTS = 64, MOST_OUTPUTS = 512, TASKS_PER_THREAD = 4 };
 /* Rows of weights and of x whose sums the registers hold. */
 enum { TOGETHER = SVDQ_WIDE ? 4 : 2, SEVERAL = SVDQ_WIDE ? 3 : 2 };
 
@@ -21,6 +23,7 @@ typedef struct {
   int64_t step;     /* columns */
   int64_t steps;    /* of a row */
   int64_t lanes;    /* that share a scale; LANES where a step does */
+  int64_t outputs;  /* of a task */
   const uint8_t* x; /* [rows][steps][planes][64 bytes] */
   int64_t x_bytes;  /* from row to row */
   float* x_sums;    /* [rows][groups], where there are zero points */
@@ -44,6 +47,9 @@ static context begin(const svdq_input* in, const svdq_weight* weight) {
   c.steps = (in->features + c.step - 1) / c.step;
   c.lanes = weight->group && weight->group < c.step ? weight->group / (c.step / LANES) : LANES;
   c.x_bytes = c.steps * c.planes * 64;
+  c.outputs = weight->outputs / (TASKS_PER_THREAD * (int64_t)in->threads) / FEWEST_OUTPUTS * FEWEST_OUTPUTS;
+  if (c.outputs < FEWEST_OUTPUTS) c.outputs = FEWEST_OUTPUTS;
+  if (c.outputs > MOST_OUTPUTS) c.outputs = MOST_OUTPUTS;
   c.scratch_bytes = (TOGETHER * (scale_stride(weight) * (int64_t)sizeof(float) + c.x_bytes) + 63) / 64 * 64;
   return c;
 }
@@ -249,9 +255,9 @@ static void load_scales(const svdq_weight* w, int64_t output, float* scales) {
 static void task(void* pointer, int64_t index, int32_t worker) {
   const context* c = pointer;
   const svdq_weight* w = c->weight;
-  const int64_t tasks = (w->outputs + OUTPUTS_PER_TASK - 1) / OUTPUTS_PER_TASK;
-  const int64_t start = index % tasks * OUTPUTS_PER_TASK, first = index / tasks * ROWS_PER_TASK;
-  const int64_t stop = start + OUTPUTS_PER_TASK < w->outputs ? start + OUTPUTS_PER_TASK : w->outputs;
+  const int64_t tasks = (w->outputs + c->outputs - 1) / c->outputs;
+  const int64_t start = index % tasks * c->outputs, first = index / tasks * ROWS_PER_TASK;
+  const int64_t stop = start + c->outputs < w->outputs ? start + c->outputs : w->outputs;
   const int64_t last = first + ROWS_PER_TASK < c->in->rows ? first + ROWS_PER_TASK : c->in->rows;
   workspace ws;
   ws.codes = c->scratch + worker * c->scratch_bytes;
@@ -290,13 +296,20 @@ static void arrange(const context* c, int64_t row) {
   uint8_t* to = (uint8_t*)c->x + row * c->x_bytes;
   const int64_t at = row * in->x_stride;
   const int64_t spread = c->bf16 ? 2 * LANES : LANES; /* columns of a plane */
-  for (int64_t s = 0; s < c->steps; s++)
+  for (int64_t s = 0; s < c->steps; s++) {
+    if (c->bf16 && (s + 1) * c->step <= in->features) {
+      const uint16_t* from = (const uint16_t*)in->x + at + s * c->step;
+      for (int64_t i = 0; i < 2 * LANES; i++)
+        for (int q = 0; q < 4; q++) ((uint16_t*)to)[(s * 4 + q) * 2 * LANES + i] = from[4 * i + q];
+      continue;
+    }
     for (int64_t k = 0; k < c->step; k++) {
       const int64_t column = s * c->step + k, place = (s * c->planes + k % c->planes) * spread + k / c->planes;
       const int inside = column < in->features;
       if (c->bf16) ((uint16_t*)to)[place] = inside ? ((const uint16_t*)in->x)[at + column] : 0;
       else ((float*)to)[place] = inside ? scalar_as_f32(in->x, at + column, in->x_type) : 0;
     }
+  }
   if (!c->weight->zeros) return;
   const int64_t size = c->weight->group ? c->weight->group : in->features;
   for (int64_t g = 0; g < c->weight->groups; g++) {
@@ -317,6 +330,6 @@ void SVDQ_NAME(weight_only)(const svdq_input* in, const svdq_weight* weight, voi
   const int64_t sums = weight->zeros ? in->rows * weight->groups * (int64_t)sizeof(float) : 0;
   c.scratch = (uint8_t*)(((uintptr_t)c.x_sums + sums + 63) / 64 * 64);
   for (int64_t row = 0; row < in->rows; row++) arrange(&c, row);
-  const int64_t tasks = (weight->outputs + OUTPUTS_PER_TASK - 1) / OUTPUTS_PER_TASK;
+  const int64_t tasks = (weight->outputs + c.outputs - 1) / c.outputs;
   svdq_parallel_for(tasks * ((in->rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK), in->threads, task, &c);
 }
