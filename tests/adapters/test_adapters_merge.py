@@ -59,6 +59,27 @@ def test_merged_weights(config):
     assert error < (0.03 if config.get("weights") == "int8" else 0.6 * far)
 
 
+def test_biases_of_an_adapter_join_the_layers():
+    """PEFT's `lora_bias`: what an adapter adds behind its up-projection."""
+    model = tools.quantized_flux(FP32, "none")
+    names = [name for name in tools.LAYERS if name != "x_embedder"]
+    state = tools.lora(model, 1, names=names)
+    generator = torch.Generator().manual_seed(5)
+    added = {name: torch.randn(tools.linears(model)[name].out_features, generator=generator) for name in names}
+    state |= {f"{tools.PREFIX}{name}.lora_B.bias": bias for name, bias in added.items()}
+    before = {name: layer.tensors().dense()[1] for name, layer in quantized_layers(model).items()}
+    model.load_lora_adapter(dict(state), adapter_name="style")
+    model.set_adapters("style", 0.7)
+    wanted = tools.output(model)
+    report = MergeReport("", "", {})
+    merge_into(model, report)
+    assert report.errors.keys() == set(names)
+    for name, layer in quantized_layers(model).items():
+        expected = before[name] + (0.7 * added[name] if name in added else 0)
+        assert torch.allclose(layer.tensors().dense()[1], expected, atol=1e-4), name
+    assert tools.relative(tools.output(model), wanted) < 0.1
+
+
 def test_layers_that_shared_a_branch_still_do():
     model = tools.quantized_flux(BF16, "auto")
     attention = model.transformer_blocks[0].attn

@@ -154,7 +154,7 @@ def test_many_outputs_whatever_shares_them(path, threads, dtype):
     results = []
     for count in (1, 2, 4):
         threads(count)
-        run(path, 1, 520, 2101, dtype)
-        x, t, _ = case(1, 520, 2101, dtype, ())
+        run(path, 1, 1040, 2101, dtype)
+        x, t, _ = case(1, 1040, 2101, dtype, ())
         results.append(multiply(x, t))
     assert all(torch.equal(y, results[0]) for y in results)
