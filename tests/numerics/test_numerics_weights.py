@@ -168,3 +168,16 @@ def test_error_on_gaussian_data(weights, activations, expected, dtype):
 def test_relative_error():
     assert relative_error(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0])) == pytest.approx(4 / 3)
     assert relative_error(torch.zeros(2), torch.zeros(2)) == 0
+
+
+def test_sixteen_codes_lose_less_than_the_published_fifteen():
+    """Groups of 64, max|w|/7 and −7…7 against the signed step; no weight moves by more than half a step."""
+    weight = gaussian(512, 3072)
+    groups = weight.double().numpy().reshape(512, -1, 64)
+    scale = np.abs(groups).max(-1, keepdims=True) / 7
+    published = reference64.relative(np.clip(np.rint(groups / scale), -7, 7) * scale, groups)
+    t = record(weight, "int4", 64, torch.float32)
+    moved = np.abs(t.residual().double().numpy() - weight.double().numpy()).reshape(groups.shape)
+    ours = float(np.linalg.norm(moved) / np.linalg.norm(groups))
+    assert published == pytest.approx(0.1078, abs=2e-4) and ours == pytest.approx(0.0927, abs=2e-4)
+    assert (moved <= 0.5001 * np.abs(reference64.array(t.wscales))[..., None]).all()
